@@ -1,0 +1,50 @@
+"""What a task is given to score a model with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.engine.backend import Backend
+from train.engine.checkpoint import random_state, set_random_state
+
+
+class Predictor:
+    """`predict(batch)`: the forward without labels, in evaluation mode and the run's precision, without gradients.
+
+    `model` is the module itself, for tasks that decode. A task that scores n batches asks `share(n)` which of them are
+    this process's, and adds up with `total`.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
+        self.model, self._backend = model, backend
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        with torch.no_grad(), self._backend.accelerator.autocast():
+            return self.model(**self._backend.move(batch))
+
+    def share(self, n: int) -> list[int]:
+        """Which of n batches this process scores."""
+        return list(range(self._backend.rank, n, self._backend.world_size))
+
+    def total(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """Each sum over all processes. Collective: every process calls it, with the same names."""
+        dtype = torch.float32 if self._backend.device.type == "mps" else torch.float64
+        values = [torch.as_tensor(v, dtype=dtype, device=self._backend.device) for v in sums.values()]
+        return dict(zip(sums, self._backend.sum(torch.stack(values)).tolist(), strict=True))
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and random numbers that training doesn't miss: when one evaluates changes no weight."""
+    state, mode = random_state(), model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
+        set_random_state(state)

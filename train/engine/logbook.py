@@ -1,0 +1,106 @@
+"""Rows: made from the meter, shown on the bar, and sent to every place that keeps them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from train.engine.backend import Backend
+from train.engine.config import TrainingConfig
+from train.engine.metrics import Bar, JsonlFile, Meter, Row, TensorBoardFile, WandbRun
+from train.engine.snapshot import Progress
+
+
+class Logbook:
+    """Process 0 writes; the others only take part in the sums."""
+
+    def __init__(self, config: TrainingConfig, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+        self.meter = Meter(backend.device)
+        self.bar = Bar(shown=backend.is_main)
+        self.trackers: list[Any] = []
+        self._jsonl: JsonlFile | None = None
+        self._opened = self._since = time.perf_counter()
+        self._rows, self._items, self._steps, self._seconds = 0, 0.0, 0, 0.0
+        self._last_step = 0
+        self._earlier_seconds = 0.0
+
+    def say(self, text: str) -> None:
+        self.bar.say(text)
+
+    def open(self, run_dir: Path, progress: Progress) -> None:
+        """Cut metrics.jsonl back to the checkpoint and open the trackers."""
+        self._earlier_seconds, self._last_step = progress.seconds, progress.step
+        self._opened = self._since = time.perf_counter()
+        if not self.backend.is_main:
+            return
+        self._jsonl = JsonlFile(run_dir / "metrics.jsonl", progress.metrics_bytes)
+        self.trackers.append(self._jsonl)
+        if self.config.wandb != "off":
+            run = WandbRun(self.config, run_dir, progress.wandb_id, self.say)
+            progress.wandb_id = run.id
+            self.trackers.append(run)
+        if self.config.tensorboard:
+            self.trackers.append(TensorBoardFile(run_dir, progress.step))
+
+    @property
+    def metrics_bytes(self) -> int:
+        return self._jsonl.size if self._jsonl is not None else 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run so far, its earlier processes included."""
+        return self._earlier_seconds + time.perf_counter() - self._opened
+
+    @property
+    def items_per_second(self) -> float:
+        """Over all rows but the first, which pays for compilation and allocation."""
+        return self._items / self._seconds if self._seconds else float("nan")
+
+    @property
+    def items_per_step(self) -> float:
+        return self._items / self._steps if self._steps else float("nan")
+
+    def train_row(self, progress: Progress, lr: float) -> Row:
+        """Means since the last row. Reads the device once."""
+        values = self.meter.read(self.backend.sum)
+        items, skipped = values.pop("items"), values.pop("skipped")
+        seconds = time.perf_counter() - self._since
+        steps = progress.step - self._last_step
+        if self._rows == 1:
+            self._items, self._steps, self._seconds = 0.0, 0, 0.0
+        self._items, self._steps, self._seconds = self._items + items, self._steps + steps, self._seconds + seconds
+        self._rows, self._last_step = self._rows + 1, progress.step
+        progress.skipped_steps += skipped
+        row = {"step": progress.step, "split": "train", **values, "skipped": skipped, "lr": lr}
+        row |= {"items_per_second": items / seconds, "elapsed": self.elapsed}
+        self._log(row)
+        self.bar.show(row, progress.total_steps)
+        self._since = time.perf_counter()
+        return row
+
+    def val_row(self, progress: Progress, scores: dict[str, float]) -> Row:
+        row = {"step": progress.step, "split": "val", **scores, "elapsed": self.elapsed}
+        self._log(row)
+        self.say(f"validation  after step {row['step']}: " + " ".join(f"{k}={v:.4f}" for k, v in scores.items()))
+        return row
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around evaluations and saves: their time is not training's."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
+
+    def _log(self, row: Row) -> None:
+        for tracker in self.trackers:
+            tracker.log(row)
+
+    def close(self) -> None:
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers.clear()

@@ -1,0 +1,227 @@
+"""Numbers on their way from the device to people: running sums, timers, rows, the bar, and the places rows go to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import netrc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from train.engine.config import TrainingConfig
+
+Row = dict[str, Any]
+
+
+class Meter:
+    """Sums since the last row. They stay on the device; `read` is the one host sync of a log interval."""
+
+    COUNTS = ("grad_norm", "items", "good", "skipped")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.names: list[str] = []
+        self.sums = torch.empty(0)
+
+    def add(self, parts: dict[str, Tensor], grad_norm: Tensor, items: Tensor, bad: Tensor) -> None:
+        """One optimizer step. parts: this process's share, summed over its micro-batches; the rest is global."""
+        if not self.names:
+            self.names = list(parts)
+            self.sums = torch.zeros(len(parts) + len(self.COUNTS), dtype=self.dtype, device=self.device)
+        values = [*parts.values(), grad_norm, items, 1 - bad, bad]
+        vector = torch.stack([v.detach().to(self.dtype) for v in values])
+        vector[:-2] = torch.where(bad.bool(), 0, vector[:-2])
+        self.sums += vector
+
+    def read(self, total: Callable[[Tensor], Tensor]) -> Row:
+        """Means per good step since the last call, and `items` and `skipped` in all. total: sums over processes."""
+        n = len(self.names)
+        values = torch.cat([total(self.sums[:n]), self.sums[n:]]).tolist()
+        grad_norm, items, good, skipped = values[n:]
+        mean = {name: value / good if good else float("nan") for name, value in zip(self.names, values, strict=False)}
+        self.sums.zero_()
+        return {
+            **mean,
+            "grad_norm": grad_norm / good if good else float("nan"),
+            "items": items,
+            "skipped": int(skipped),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": self.names, "sums": self.sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.names, self.sums = state["names"], state["sums"].to(self.device)
+
+
+class Stopwatch:
+    """Seconds per phase: the host's clock on a CPU, events on a GPU, so that nothing waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_gpu = device.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if not self._on_gpu:
+            start = time.perf_counter()
+            yield
+            self.add(phase, time.perf_counter() - start)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((phase, begin, end))
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def collect(self) -> dict[str, float]:
+        """Seconds so far; call it where the device has been waited for."""
+        if self._events:
+            torch.cuda.synchronize()
+        for phase, begin, end in self._events:
+            self.add(phase, begin.elapsed_time(end) / 1000)
+        self._events.clear()
+        return dict(self.seconds)
+
+
+class JsonlFile:
+    """metrics.jsonl, a row a line, on disk when `log` returns; metrics.csv is made from it."""
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        self.path = path
+        path.touch()
+        os.truncate(path, min(keep_bytes, path.stat().st_size))
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def size(self) -> int:
+        return self._file.tell()
+
+    def log(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        rows = read_rows(self.path)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        with self.path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class WandbRun:
+    """The same rows on Weights & Biases, on an axis of our own, so that a resumed run may go back."""
+
+    def __init__(self, config: TrainingConfig, run_dir: Path, run_id: str | None, say: Callable[[str], None]) -> None:
+        import wandb
+
+        # A sweep's agent decides itself where its runs go; `mode=None` leaves WANDB_MODE its say.
+        mode = None if "WANDB_MODE" in os.environ else "online" if _has_credentials() else "offline"
+        if config.wandb != "auto":
+            mode = config.wandb
+        self.run = wandb.init(
+            project="tenfold",
+            name=f"{run_dir.parent.name}/{run_dir.name}",
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            dir=run_dir,
+            config=config.to_dict(),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.run.define_metric("*", step_metric="step")
+        self.id = self.run.id
+        say(f"wandb       {mode or os.environ['WANDB_MODE']}, run {self.id}")
+
+    def log(self, row: Row) -> None:
+        self.run.log({"step": row["step"], **{f"{row['split']}/{k}": v for k, v in _scores(row).items()}})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _has_credentials() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_SWEEP_ID"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+class TensorBoardFile:
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what a killed run wrote after the checkpoint we resume from.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def log(self, row: Row) -> None:
+        for name, value in _scores(row).items():
+            self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _scores(row: Row) -> Row:
+    return {k: v for k, v in row.items() if k not in ("step", "split")}
+
+
+class Bar:
+    """A progress bar on a terminal, plain lines elsewhere, nothing on processes other than 0."""
+
+    LEAST_SECONDS_BETWEEN_LINES = 1.0
+
+    def __init__(self, shown: bool) -> None:
+        self.shown, self._last_line = shown, 0.0
+        self._bar = tqdm(unit="step", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
+
+    def say(self, text: str) -> None:
+        if self.shown:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def show(self, row: Row, total: int | None) -> None:
+        text = " ".join([*(f"{short}={row[name]:.4f}" for name, short in _short_names(row)), f"lr={row['lr']:.2e}"])
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        elif time.monotonic() - self._last_line >= self.LEAST_SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.say(f"step {row['step']}/{total or '?'}  {text}  {row['items_per_second']:,.0f} items/s")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short_names(row: Row) -> Iterator[tuple[str, str]]:
+    """Loss parts as people know them: ce_loss is ce."""
+    rest = ("step", "split", "lr", "grad_norm", "skipped", "items_per_second", "elapsed")
+    for name in row:
+        if name not in rest:
+            yield name, name.removesuffix("_loss")

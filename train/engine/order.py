@@ -1,0 +1,89 @@
+"""Which items make up which step: a pure function of (seed, step), so that there is no loader state to save."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from train.engine.config import ConfigError, TrainingConfig
+
+
+class DataOrder:
+    """Epoch after epoch, each in an order of its own; a step that crosses an epoch's end takes from both."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_items / self.batch_size
+
+    def items(self, step: int) -> np.ndarray:
+        """Indices of optimizer step `step`, int64 [batch_size]."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, within = np.divmod(positions, self.num_items)
+        return np.concatenate([self._of_epoch(e)[within[epochs == e]] for e in np.unique(epochs)])
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng([self.seed, int(epoch)]).permutation(self.num_items)
+        return self._permutation
+
+
+class MicroBatches:
+    """Batch sampler: from step `start` on, for ever, the micro-batches of one process, `per_step` to a step."""
+
+    def __init__(self, order: DataOrder, start: int, rank: int, world_size: int, per_step: int) -> None:
+        self.order, self.start, self.rank, self.world_size, self.per_step = order, start, rank, world_size, per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start
+        while True:
+            mine = np.array_split(self.order.items(step), self.world_size)[self.rank]
+            for part in np.array_split(mine, self.per_step):
+                yield part.tolist()
+            step += 1
+
+
+def micro_batches_per_step(config: TrainingConfig, world_size: int) -> int:
+    """Forward passes that a process makes per optimizer step, the same on all. Raises ConfigError."""
+    mine, rest = divmod(config.batch_size, world_size)
+    if rest:
+        raise ConfigError(
+            f"--batch_size {config.batch_size} does not split over {world_size} processes; "
+            f"take {(mine + 1) * world_size}" + (f" or {mine * world_size}" if mine else "")
+        )
+    per_step = config.gradient_accumulation or -(-mine // (config.micro_batch_size or mine))
+    if per_step > mine:
+        raise ConfigError(f"--gradient_accumulation {per_step} is more than the {mine} items of a process's step")
+    return per_step
+
+
+def _shield_worker(worker: int) -> None:
+    """Loader workers get the group's signals too; were they to die of them, the last save could not be reached."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def windows(task: Any, sampler: MicroBatches, num_workers: int, pin_memory: bool) -> Iterator[list[dict]]:
+    """The micro-batches of one optimizer step after another, collated, on the CPU."""
+    loader = DataLoader(
+        task.train,
+        batch_sampler=sampler,
+        collate_fn=task.collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_shield_worker,
+    )
+    window: list[dict] = []
+    for batch in loader:
+        window.append(batch)
+        if len(window) == sampler.per_step:
+            yield window
+            window = []

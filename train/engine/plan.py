@@ -1,0 +1,120 @@
+"""What a run will take, worked out before step 1: parameters, FLOPs and memory against what the machine has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.engine.backend import Backend
+from train.engine.config import TrainingConfig
+from train.engine.optim import parameter_groups
+
+# Bytes of state that an optimizer keeps per parameter; adafactor's rows and columns round to none.
+STATE_BYTES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "rmsprop": 4, "sgd": 4, "adafactor": 0}
+# Dense peak of 16-bit matmuls in TFLOP/s, from the makers' data sheets; the first name that fits counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One micro-batch, forward and backward."""
+
+    flops: int
+    activation_bytes: int
+
+
+def measure(model: nn.Module, batch: dict[str, Any]) -> Cost:
+    """Run forward and backward without data (meta tensors), counting matmul FLOPs and what is kept for backward."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    meta = {n: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    ours = {t.untyped_storage()._cdata for t in meta.values()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in ours:
+            kept[storage._cdata] = storage
+        return tensor
+
+    inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in batch.items()}
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        functional_call(model, meta, kwargs=inputs)["loss"].backward()
+    return Cost(counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values()))
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's data-sheet FLOP/s in this precision, None where it isn't known."""
+    if device.type != "cuda" or precision == "no":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`memory` in bytes by what holds it; `items` are dataset elements."""
+
+    parameters: dict[str, int]
+    micro_batches: int
+    items_per_step: int
+    flops_per_step: int
+    memory: dict[str, int]
+    available: int
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= self.available
+
+    def lines(self) -> list[str]:
+        groups = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
+        memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.memory.items())
+        needed = sum(self.memory.values()) / 2**30
+        return [
+            f"parameters  {self.num_parameters:,} ({groups})",
+            f"step        {self.items_per_step} items in {self.micro_batches} micro-batch(es) per process",
+            f"FLOPs       {self.flops_per_step / 1e12:.3f} TFLOP per step over all processes",
+            f"memory      {needed:.2f} GiB per process ({memory}); {self.available / 2**30:.2f} GiB free here"
+            + ("" if self.fits else " — does not fit: lower --micro_batch_size, or take a smaller model"),
+        ]
+
+
+def make_plan(
+    model: nn.Module, config: TrainingConfig, batch: dict[str, Any], micro_batches: int, backend: Backend
+) -> Plan:
+    """batch: one micro-batch. Memory is an estimate: what autograd keeps, at half its size under 16-bit autocast."""
+    cost = measure(model, batch)
+    groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in parameter_groups(model, config.weight_decay)}
+    trained = sum(groups.values())
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    memory = {
+        "weights": weights,
+        "gradients": 4 * trained,
+        "optimizer": STATE_BYTES[config.optimizer] * trained,
+        "activations": cost.activation_bytes // (1 if backend.precision == "no" else 2),
+    }
+    if config.ema_decay:
+        memory["EMA"] = weights
+    return Plan(
+        parameters=groups,
+        micro_batches=micro_batches,
+        items_per_step=config.batch_size,
+        flops_per_step=cost.flops * micro_batches * backend.world_size,
+        memory=memory,
+        available=free_memory(backend.device),
+    )

@@ -1,0 +1,94 @@
+"""Everything that a checkpoint holds, and how it goes out to files and comes back."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from train.engine.backend import Backend
+from train.engine.checkpoint import Checkpoints, load_weights, random_state, save_weights, set_random_state
+from train.engine.guard import Guard
+from train.engine.limits import Intervals
+from train.engine.metrics import Meter
+from train.engine.run_folder import read_json, write_json
+
+
+@dataclass
+class Progress:
+    """How far a run is: all of its state that isn't a tensor."""
+
+    step: int = 0
+    total_steps: int | None = None
+    intervals: Intervals = field(default_factory=Intervals)
+    seconds: float = 0.0  # of the run's earlier processes
+    last: dict = field(default_factory=dict)  # the newest evaluation: {"step", "scores"}
+    best: list[dict] = field(default_factory=list)  # {"step", "score", "scores"}, best first
+    evaluations_since_best: int = 0
+    banned_steps: list[int] = field(default_factory=list)  # rewound over: their batches are left out
+    skipped_steps: int = 0
+    metrics_bytes: int = 0
+    wandb_id: str | None = None
+
+    def load(self, saved: dict) -> None:
+        for name, value in saved.items():
+            setattr(self, name, Intervals(**value) if name == "intervals" else value)
+
+
+@dataclass
+class Snapshot:
+    """The live objects of a run. Every process calls `write` and `read`; process 0 writes what all share."""
+
+    model: nn.Module
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    meter: Meter
+    progress: Progress
+    backend: Backend
+    checkpoints: Checkpoints
+
+    def write(self) -> float:
+        """Write and seal a checkpoint of this step; returns the seconds it took."""
+        started = time.perf_counter()
+        backend, progress = self.backend, self.progress
+        aside = backend.broadcast(self.checkpoints.begin(progress.step) if backend.is_main else None)
+        torch.save({"random": random_state(), "meter": self.meter.state_dict()}, aside / f"rank-{backend.rank}.pt")
+        if backend.is_main:
+            save_weights(self.model, aside)
+            if self.ema is not None:
+                save_model(self.ema.module, str(aside / "ema.safetensors"))
+            scaler = backend.accelerator.scaler
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "guard": self.guard.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "averaged": int(self.ema.n_averaged) if self.ema is not None else 0,
+            }
+            torch.save(state, aside / "optimizer.pt")
+            write_json(aside / "trainer.json", asdict(progress))
+        backend.wait()
+        if backend.is_main:
+            self.checkpoints.seal(aside, progress.best)
+        return time.perf_counter() - started
+
+    def read(self, folder: Path) -> None:
+        """Bring every object back to what it was when `folder` was written."""
+        load_weights(self.model, folder / "model.safetensors")
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        if self.backend.accelerator.scaler is not None:
+            self.backend.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            load_weights(self.ema.module, folder / "ema.safetensors")
+            self.ema.n_averaged.fill_(state["averaged"])
+        mine = torch.load(folder / f"rank-{self.backend.rank}.pt", map_location="cpu", weights_only=True)
+        self.meter.load_state_dict(mine["meter"])
+        set_random_state(mine["random"])
+        self.progress.load(read_json(folder / "trainer.json"))

@@ -1,0 +1,326 @@
+"""The one training loop. `Trainer.step` is what happens to a batch; the rest decides where to start, pause and end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from train.engine.backend import Backend
+from train.engine.checkpoint import KEEP_BEST, Checkpoints, find_checkpoint
+from train.engine.config import ConfigError, TrainingConfig
+from train.engine.evaluation import Predictor, aside
+from train.engine.guard import PATIENCE, Guard, TrainingBroken
+from train.engine.limits import Intervals, Limits
+from train.engine.logbook import Logbook
+from train.engine.metrics import Row, Stopwatch
+from train.engine.optim import learning_rate, make_optimizer, set_learning_rate
+from train.engine.order import DataOrder, MicroBatches, micro_batches_per_step, windows
+from train.engine.plan import make_plan
+from train.engine.precision import synchronize
+from train.engine.run_folder import RunFolder, default_run_dir
+from train.engine.signals import EXIT_INTERRUPTED, Signals
+from train.engine.snapshot import Progress, Snapshot
+from train.engine.summary import Results, finish
+
+
+class Task(Protocol):
+    """The world a model is trained in. Item i of train or val is a pure function of i."""
+
+    train: Sequence[Any]
+    val: Sequence[Any]
+    monitor: str  # the score of `evaluate` that best-k and early stopping go by
+    mode: str  # "min" or "max": which way it is better
+    item_name: str  # what num_items counts: tokens, cells, samples
+
+    def collate(self, items: list[Any]) -> dict[str, Any]: ...
+    def num_items(self, batch: dict[str, Any]) -> Tensor: ...
+    def evaluate(self, predict: Predictor) -> dict[str, float]: ...
+
+
+class Trainer:
+    """Trains `model` on `task`. hooks: called as hook(trainer, row) after every evaluation, on every process.
+
+    A script may fill `facts` (for run.json, e.g. the corpus hash) and `report` (for results.json and the last lines,
+    e.g. {"baselines": {...}}; a baseline of the monitored score is drawn in the plot too) before `train`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        task: Task,
+        hooks: Sequence[Callable[[Trainer, Row], None]] = (),
+    ) -> None:
+        self.inner, self.config, self.task, self.hooks = model, config, task, hooks
+        self.facts: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
+        if config.gradient_checkpointing:
+            if not hasattr(model, "gradient_checkpointing_enable"):
+                raise ConfigError(f"{type(model).__name__} cannot recompute activations; drop --gradient_checkpointing")
+            model.gradient_checkpointing_enable()
+        self.backend = Backend(config)
+        self.order = DataOrder(len(task.train), config.batch_size, config.seed)
+        self.per_step = micro_batches_per_step(config, self.backend.world_size)
+        largest = -(-config.batch_size // self.backend.world_size // self.per_step)
+        batch = task.collate([task.train[int(i)] for i in self.order.items(0)[:largest]])
+        self.plan = make_plan(model, config, batch, self.per_step, self.backend)
+        self.progress = Progress()
+        self.book = Logbook(config, self.backend)
+        self.clock = Stopwatch(self.backend.device)
+        self.guard = Guard(self.backend.device)
+        self.signals = Signals()
+        self.folder: RunFolder | None = None
+
+    # ---- from the first line to the last -------------------------------------------------------------------------
+
+    def train(self) -> Results:
+        """Run to the end of the limits. Exits with status 75 when a signal came, after saving."""
+        if self.config.plan:
+            self._say(*self.plan.lines())
+            raise SystemExit(0 if self.plan.fits else 1)
+        self.run_dir = self.backend.broadcast(self.config.run_dir or default_run_dir())
+        if self.backend.on_main(self._open_folder):
+            self._say(f"{self.run_dir} is finished; its results are in {self.run_dir / 'results.json'}")
+            self.close()
+            return Results.load(self.run_dir)
+        try:
+            with self.signals:
+                self._prepare()
+                if self.progress.step == 0:
+                    self.evaluate()
+                return finish(self, stopped_by=self._loop())
+        except Exception as error:
+            if self.folder is not None:
+                self.folder.describe(state="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.close()
+
+    def _open_folder(self) -> bool:
+        """Take the run folder; whether the run in it is finished. Only process 0 has it."""
+        self.folder = RunFolder(self.run_dir, self.config)
+        return self.folder.finished
+
+    def _prepare(self) -> None:
+        """Model, optimizer and trackers as they were at the checkpoint to go on from, or as new."""
+        config, backend = self.config, self.backend
+        checkpoints = Checkpoints(self.run_dir / "checkpoints")
+        source = backend.on_main(lambda: self._source(checkpoints))
+        torch.manual_seed(config.seed + backend.rank)
+        optimizer = make_optimizer(self.inner, config)
+        ema = None
+        if config.ema_decay:
+            ema = AveragedModel(self.inner, backend.device, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        if config.compile:
+            self.inner.compile()
+        self.model = backend.prepare(self.inner, optimizer)
+        self.optimizer, self.ema = optimizer, ema
+        self.predict = Predictor(ema.module if ema else self.inner, backend)
+        self.snapshot = Snapshot(
+            self.inner, ema, optimizer, self.guard, self.book.meter, self.progress, backend, checkpoints
+        )
+        if source is not None:
+            self.snapshot.read(source)
+        self.limits = Limits(config, self.order.steps_per_epoch, self.progress.seconds)
+        self._seconds = {"evaluation": 0.0, "save": 12 * self.plan.num_parameters / 2e8}  # until they are measured
+        self._introduce()
+        if self.progress.total_steps is None and not self.limits.has_clock:
+            self._fix_length(self.limits.max_steps, Intervals.of(config, self.limits.max_steps))
+        self.book.open(self.run_dir, self.progress)
+
+    def _source(self, checkpoints: Checkpoints) -> Path | None:
+        found = checkpoints.newest(self._say)
+        if found is None and self.config.resume not in ("auto", "never"):
+            found = find_checkpoint(Path(self.config.resume), self._say)
+        return found
+
+    def _introduce(self) -> None:
+        backend = self.backend
+        facts = {
+            "state": "running",
+            "precision": backend.precision,
+            "precision_reason": backend.precision_reason,
+            "device": str(backend.device),
+            "processes": backend.world_size,
+            "threads": torch.get_num_threads(),
+        }
+        if self.folder is not None:
+            self.folder.describe(**facts, **self.facts)
+        self._say(
+            f"run folder  {self.run_dir}",
+            f"machine     {backend.world_size} process(es) on {backend.device}, {torch.get_num_threads()} threads each",
+            f"precision   {backend.precision}: {backend.precision_reason}",
+            f"data        {len(self.task.train):,} items, {self.order.steps_per_epoch:,.1f} steps per epoch",
+            *self.plan.lines(),
+        )
+        if self.progress.step:
+            self._say(
+                f"resumed     after step {self.progress.step} of {self.progress.total_steps or 'a number to come'}"
+            )
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> str:
+        """Steps until the limits or a signal say otherwise; returns the name of the limit."""
+        progress = self.progress
+        feed = self._windows()
+        first_step_ended = time.perf_counter()
+        while progress.step != progress.total_steps:
+            started = time.perf_counter()
+            with self.clock("data"):
+                window = next(feed)
+            if progress.step not in progress.banned_steps and not self.step(window):
+                feed = self._windows()
+                continue
+            progress.step += 1
+            if progress.total_steps is None:
+                synchronize(self.backend.device)
+                if progress.step == 1:
+                    first_step_ended, first = time.perf_counter(), time.perf_counter() - started
+                if progress.step >= self.limits.steps_to_measure:
+                    since = (time.perf_counter() - first_step_ended) / max(1, progress.step - 1)
+                    self._fix_length(*self.limits.fix(progress.step, since or first, sum(self._seconds.values())))
+            if stopped_by := self._between_steps(time.perf_counter() - started):
+                return stopped_by
+        return self.limits.reason(progress.step, late=False)
+
+    def step(self, window: list[dict]) -> bool:
+        """One optimizer step over a window of micro-batches; False if it led back to an earlier checkpoint."""
+        progress = self.progress
+        set_learning_rate(self.optimizer, self.learning_rate())
+        window = [self.backend.move(batch) for batch in window]
+        items = self._count_items(window)
+        parts: dict[str, Tensor] = {}
+        for i, batch in enumerate(window):
+            with self.backend.micro_batch(last=i == len(window) - 1):
+                with self.clock("forward"):
+                    losses = self.model(**batch, num_items=items)
+                with self.clock("backward"):
+                    self.backend.backward(losses["loss"])
+            parts = {name: value.detach() + parts.get(name, 0) for name, value in losses.items()}
+        with self.clock("optimizer"):
+            norm = self.backend.clip(self.config.grad_clip)
+            bad = self.guard.verdict(progress.step, self.backend.sum(parts["loss"]), norm)
+            self.backend.step(bad)
+            if self.ema is not None:
+                self.ema.update_parameters(self.inner)
+        self.book.meter.add(parts, norm, items, bad)
+        return self.config.bad_step == "skip" or not bad.item() or self._bad_step()
+
+    def learning_rate(self) -> float:
+        progress = self.progress
+        return learning_rate(self.config, progress.step, progress.total_steps, self.order.steps_per_epoch)
+
+    def _count_items(self, window: list[dict]) -> Tensor:
+        """Items of the whole step over all processes, 0-d int64; at least 1, so that nothing is divided by 0."""
+        mine = torch.stack([self.task.num_items(batch) for batch in window]).sum()
+        return self.backend.sum(mine).clamp(min=1)
+
+    def _windows(self) -> Iterator[list[dict]]:
+        backend = self.backend
+        sampler = MicroBatches(self.order, self.progress.step, backend.rank, backend.world_size, self.per_step)
+        return windows(self.task, sampler, self.config.num_workers, pin_memory=backend.device.type == "cuda")
+
+    def _bad_step(self) -> bool:
+        """--bad_step stop and rewind: end the run, or go back and leave this step's batch out from then on."""
+        step, source = self.progress.step, self.snapshot.checkpoints.newest(self._say)
+        if self.config.bad_step == "stop" or source is None:
+            raise TrainingBroken(
+                f"the loss or gradient of step {step} is not finite or has leapt, and --bad_step "
+                f"{self.config.bad_step} ends the run; its newest sound checkpoint: {source or 'none yet'}"
+            )
+        banned = sorted({*self.progress.banned_steps, step})
+        self.snapshot.read(source)
+        self.progress.banned_steps = banned
+        self._say(f"rewind      step {step} was bad; going on from step {self.progress.step} without its batch")
+        return False
+
+    # ---- between steps -------------------------------------------------------------------------------------------
+
+    def _between_steps(self, step_seconds: float) -> str:
+        """Rows, evaluations and checkpoints where due. Returns the name of the limit that ends the run, or ""."""
+        progress, every = self.progress, self.progress.intervals
+        late = self.limits.out_of_time(step_seconds, sum(self._seconds.values()))
+        signal, late = self.backend.any(self.signals.received is not None, late)
+        ending = late or progress.step in (progress.total_steps, self.limits.max_steps)
+        if ending or progress.step % every.log == 0:
+            self._log_row()
+        if ending:
+            return self.limits.reason(progress.step, late)
+        if signal:
+            self._interrupt()
+        better = every.evaluate and progress.step % every.evaluate == 0 and self.evaluate()
+        if better or (every.save and progress.step % every.save == 0):
+            self.save()
+        patience = self.config.early_stopping_patience
+        return "early_stopping" if patience and progress.evaluations_since_best >= patience else ""
+
+    def _log_row(self) -> None:
+        self.book.train_row(self.progress, self.learning_rate_of_last_step)
+        if self.guard.streak.item() >= PATIENCE:
+            raise TrainingBroken(
+                f"the last {PATIENCE} optimizer steps were all skipped, their loss or gradient not finite or leaping; "
+                f"lower --lr, look at the data, or go on from a checkpoint in {self.snapshot.checkpoints.folder}"
+            )
+
+    @property
+    def learning_rate_of_last_step(self) -> float:
+        return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
+
+    def evaluate(self) -> bool:
+        """A validation row; whether it is among the best. The hooks see it before it returns."""
+        progress, task = self.progress, self.task
+        started = time.perf_counter()
+        with self.book.pause(), aside(self.predict.model):
+            scores = self.backend.broadcast(task.evaluate(self.predict))
+            row = self.book.val_row(progress, scores)
+            for hook in self.hooks:
+                hook(self, row)
+        self.clock.add("evaluation", time.perf_counter() - started)
+        self._seconds["evaluation"] = time.perf_counter() - started
+        progress.last = {"step": progress.step, "scores": scores}
+        if progress.step == 0:
+            return False
+        sign = 1 if task.mode == "min" else -1
+        entry = {"step": progress.step, "score": scores[task.monitor], "scores": scores}
+        is_best = not progress.best or sign * entry["score"] < sign * progress.best[0]["score"]
+        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        others = [e for e in progress.best if e["step"] != progress.step]
+        progress.best = sorted([*others, entry], key=lambda e: sign * e["score"])[:KEEP_BEST]
+        return entry in progress.best
+
+    def save(self) -> None:
+        with self.book.pause(), self.clock("saving"):
+            self.progress.seconds, self.progress.metrics_bytes = self.book.elapsed, self.book.metrics_bytes
+            self._seconds["save"] = self.snapshot.write()
+
+    def _interrupt(self) -> None:
+        self.save()
+        if self.folder is not None:
+            self.folder.describe(state="interrupted")
+        self._say(f"interrupted by {self.signals.received or 'another process'} and saved; the same command with "
+                  f"--run_dir {self.run_dir} goes on after step {self.progress.step}")  # fmt: skip
+        raise SystemExit(EXIT_INTERRUPTED)
+
+    def _fix_length(self, total: int, intervals: Intervals) -> None:
+        self.progress.total_steps, self.progress.intervals = self.backend.broadcast((total, intervals))
+        every = self.progress.intervals
+        self._say(f"length      {self.progress.total_steps} steps; a row every {every.log}, an evaluation every "
+                  f"{every.evaluate}, a checkpoint every {every.save}")  # fmt: skip
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
+            self.book.say(line)
+
+    def close(self) -> None:
+        """Let go of trackers, the run folder's lock and the process group's state."""
+        self.book.close()
+        if self.folder is not None:
+            self.folder.release()
+        self.backend.close()
