@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -51,9 +51,11 @@ class Backend:
         """The model as the loop calls it: on its device, in its precision, with its hooks."""
         self.inner = model
         self.optimizer = optimizer
-        model, self.prepared_optimizer = self.accelerator.prepare(model, optimizer)
-        self.model = model
-        return model
+        self.model, self.prepared_optimizer = self.accelerator.prepare(model, optimizer)
+        # accelerate patches `forward` to run in 16 bits; we enter autocast where we call it, so that sampling and
+        # saving see the module as it was built.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self.model
 
     @property
     def skips_on_device(self) -> bool:
@@ -69,6 +71,14 @@ class Backend:
         """Gradients are exchanged in the last micro-batch of a step only."""
         with nullcontext() if last or not self.is_ddp else self.accelerator.no_sync(self.model):
             yield
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Around each forward: the run's precision."""
+        return self.accelerator.autocast()
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss * self.world_size)

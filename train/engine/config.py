@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,9 +26,9 @@ ALIASES = {
 }
 # What a resumed run may change: where it stops, what it shows, and what the machine needs. None of it moves a weight.
 LIMITS = {"max_steps", "max_minutes", "epochs", "max_cost", "hourly_rate", "early_stopping_patience"}
-FREE_ON_RESUME = LIMITS | {"run_dir", "resume", "num_workers", "cpu", "wandb", "tensorboard"}
-# Fields that say what to do now rather than how to train.
-ACTIONS = {"settings", "print_config", "plan"}
+FREE_ON_RESUME = LIMITS | {"num_workers", "cpu", "wandb", "tensorboard"}
+# Fields that say where and what to do now rather than how to train; no config.json holds them.
+ACTIONS = {"run_dir", "resume", "settings", "print_config", "plan"}
 
 
 class ConfigError(ValueError):
@@ -142,7 +142,7 @@ class TrainingConfig:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON types, without what only says what to do (--plan and the like)."""
+        """The settings as JSON types, without ACTIONS."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ACTIONS}
         return {name: plain(value) for name, value in values.items()}
 
@@ -211,23 +211,29 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def parse(config_class: type[Config], argv: Sequence[str] | None = None, default: Config | None = None) -> Config:
-    """The command line as a checked `config_class`: defaults, then --settings, then flags.
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    default: Config | None = None,
+    fill: Callable[[Config], Config] = lambda config: config,
+) -> Config:
+    """The command line as a checked `config_class`: defaults, then --settings, then flags, then what `fill` derives.
 
     Raises ConfigError with every bad value in one message; tyro exits with status 2 at an unknown flag.
     """
     argv = normalize(sys.argv[1:] if argv is None else argv)
     default = default if default is not None else config_class()
-    first = tyro.cli(config_class, args=argv, default=default)
-    if first.settings is not None:
-        argv = _as_flags(read_settings(config_class, first.settings)) + argv
-        first = tyro.cli(config_class, args=argv, default=default)
-    if problems := first.problems():
+    config = tyro.cli(config_class, args=argv, default=default)
+    if config.settings is not None:
+        argv = _as_flags(read_settings(config_class, config.settings)) + argv
+        config = tyro.cli(config_class, args=argv, default=default)
+    if problems := config.problems():
         raise ConfigError("these settings cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
-    if first.print_config:
-        print(yaml.safe_dump(first.to_dict(), sort_keys=False), end="")
+    config = fill(config)
+    if config.print_config:
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         raise SystemExit(0)
-    return first
+    return config
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

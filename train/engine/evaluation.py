@@ -24,7 +24,7 @@ class Predictor:
         self.model, self._backend = model, backend
 
     def __call__(self, batch: dict[str, Any]) -> Any:
-        with torch.no_grad(), self._backend.accelerator.autocast():
+        with torch.no_grad(), self._backend.autocast():
             return self.model(**self._backend.move(batch))
 
     def share(self, n: int) -> list[int]:

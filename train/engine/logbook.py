@@ -56,13 +56,13 @@ class Logbook:
         return self._earlier_seconds + time.perf_counter() - self._opened
 
     @property
-    def items_per_second(self) -> float:
-        """Over all rows but the first, which pays for compilation and allocation."""
-        return self._items / self._seconds if self._seconds else float("nan")
+    def items_per_second(self) -> float | None:
+        """Over all rows but the first, which pays for compilation and allocation; None where no step was made."""
+        return self._items / self._seconds if self._seconds else None
 
     @property
-    def items_per_step(self) -> float:
-        return self._items / self._steps if self._steps else float("nan")
+    def items_per_step(self) -> float | None:
+        return self._items / self._steps if self._steps else None
 
     def train_row(self, progress: Progress, lr: float) -> Row:
         """Means since the last row. Reads the device once."""

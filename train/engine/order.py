@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from train.engine.config import ConfigError, TrainingConfig
@@ -80,6 +81,8 @@ def windows(task: Any, sampler: MicroBatches, num_workers: int, pin_memory: bool
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_shield_worker,
+        # Of its own: a loader draws a seed when it starts, and a resumed run starts one more often.
+        generator=torch.Generator(),
     )
     window: list[dict] = []
     for batch in loader:

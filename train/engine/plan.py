@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,23 +32,30 @@ class Cost:
     activation_bytes: int
 
 
-def measure(model: nn.Module, batch: dict[str, Any]) -> Cost:
-    """Run forward and backward without data (meta tensors), counting matmul FLOPs and what is kept for backward."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    meta = {n: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for n, t in tensors.items()}
-    ours = {t.untyped_storage()._cdata for t in meta.values()}
+def measure(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None) -> Cost:
+    """Run forward and backward on tensors without data, counting matmul FLOPs and what is kept for backward.
+
+    dtype: of autocast, None for none.
+    """
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in ours:
-            kept[storage._cdata] = storage
+        kept[storage._cdata] = storage
         return tensor
 
-    inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in batch.items()}
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        functional_call(model, meta, kwargs=inputs)["loss"].backward()
-    return Cost(counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values()))
+    fake = FakeTensorMode()
+    state = {n: fake.from_tensor(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    ours = {t.untyped_storage()._cdata for t in [*state.values(), *inputs.values()] if isinstance(t, Tensor)}
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with fake, FlopCounterMode(display=False) as counter:
+        with autocast, hooks:
+            loss = functional_call(model, state, kwargs=inputs)["loss"]
+        loss.backward()
+    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in ours)
+    return Cost(counter.get_total_flops(), activations)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -97,8 +105,8 @@ class Plan:
 def make_plan(
     model: nn.Module, config: TrainingConfig, batch: dict[str, Any], micro_batches: int, backend: Backend
 ) -> Plan:
-    """batch: one micro-batch. Memory is an estimate: what autograd keeps, at half its size under 16-bit autocast."""
-    cost = measure(model, batch)
+    """batch: one micro-batch. Activations are what autograd keeps; short-lived tensors within an op are not counted."""
+    cost = measure(model, batch, backend.autocast_dtype)
     groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in parameter_groups(model, config.weight_decay)}
     trained = sum(groups.values())
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
@@ -106,7 +114,7 @@ def make_plan(
         "weights": weights,
         "gradients": 4 * trained,
         "optimizer": STATE_BYTES[config.optimizer] * trained,
-        "activations": cost.activation_bytes // (1 if backend.precision == "no" else 2),
+        "activations": cost.activation_bytes,
     }
     if config.ema_decay:
         memory["EMA"] = weights

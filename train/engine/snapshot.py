@@ -39,6 +39,10 @@ class Progress:
         for name, value in saved.items():
             setattr(self, name, Intervals(**value) if name == "intervals" else value)
 
+    def keep_only_step(self) -> None:
+        """For a new run that goes on from another's checkpoint: its length, scores and rows are its own."""
+        self.load({**asdict(Progress()), "step": self.step})
+
 
 @dataclass
 class Snapshot:

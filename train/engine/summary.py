@@ -31,7 +31,7 @@ class Results:
     parameters: int
     final: dict[str, float]
     best: dict[str, float]
-    items_per_second: float
+    items_per_second: float | None
     peak_memory_bytes: int
     seconds: float
     command: str
@@ -54,8 +54,10 @@ class Results:
         return cls(**read_json(run_dir / "results.json"))
 
     def lines(self) -> list[str]:
-        speed = f"{self.items_per_second:,.0f} {self.item_name}/s (warm-up left out)"
-        if self.ceiling_items_per_second:
+        speed = "n/a"
+        if self.items_per_second:
+            speed = f"{self.items_per_second:,.0f} {self.item_name}/s (warm-up left out)"
+        if self.items_per_second and self.ceiling_items_per_second:
             share = self.items_per_second / self.ceiling_items_per_second
             speed += f", {share:.0%} of this machine's matmul ceiling of {self.ceiling_items_per_second:,.0f}"
         total = sum(self.seconds_by_phase.values()) or 1.0
@@ -121,10 +123,11 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
 def _against_the_machine(trainer: Trainer) -> tuple[float | None, float | None]:
     """(items per second if a step were its matmuls alone, measured on a CPU; share of a GPU's data-sheet FLOP/s)."""
     backend, book = trainer.backend, trainer.book
+    if book.items_per_step is None or not trainer.plan.flops_per_step:
+        return None, None
     flops_per_item = trainer.plan.flops_per_step / book.items_per_step
     if backend.device.type == "cpu":
-        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[backend.precision]
-        rate = matmul_rate(backend.device, dtype, size=2048, seconds=1.0)
+        rate = matmul_rate(backend.device, backend.autocast_dtype or torch.float32, size=2048, seconds=1.0)
         return rate * backend.world_size / flops_per_item, None
     peak = peak_flops(backend.device, backend.precision)
     achieved = book.items_per_second * flops_per_item / backend.world_size

@@ -61,9 +61,9 @@ class Trainer:
         self.facts: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
         if config.gradient_checkpointing:
-            if not hasattr(model, "gradient_checkpointing_enable"):
+            if not hasattr(model, "gradient_checkpointing"):
                 raise ConfigError(f"{type(model).__name__} cannot recompute activations; drop --gradient_checkpointing")
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing = True
         self.backend = Backend(config)
         self.order = DataOrder(len(task.train), config.batch_size, config.seed)
         self.per_step = micro_batches_per_step(config, self.backend.world_size)
@@ -127,6 +127,8 @@ class Trainer:
         )
         if source is not None:
             self.snapshot.read(source)
+            if not source.is_relative_to(self.run_dir):
+                self.progress.keep_only_step()
         self.limits = Limits(config, self.order.steps_per_epoch, self.progress.seconds)
         self._seconds = {"evaluation": 0.0, "save": 12 * self.plan.num_parameters / 2e8}  # until they are measured
         self._introduce()
@@ -170,7 +172,7 @@ class Trainer:
         """Steps until the limits or a signal say otherwise; returns the name of the limit."""
         progress = self.progress
         feed = self._windows()
-        first_step_ended = time.perf_counter()
+        begun_at, first_step_ended = progress.step, time.perf_counter()
         while progress.step != progress.total_steps:
             started = time.perf_counter()
             with self.clock("data"):
@@ -181,11 +183,14 @@ class Trainer:
             progress.step += 1
             if progress.total_steps is None:
                 synchronize(self.backend.device)
-                if progress.step == 1:
-                    first_step_ended, first = time.perf_counter(), time.perf_counter() - started
+                done, now = progress.step - begun_at, time.perf_counter()
+                if done == 1:
+                    # The first step pays for allocation and compilation: it counts only where it is all there is.
+                    first_step_ended, seconds = now, now - started
+                else:
+                    seconds = (now - first_step_ended) / (done - 1)
                 if progress.step >= self.limits.steps_to_measure:
-                    since = (time.perf_counter() - first_step_ended) / max(1, progress.step - 1)
-                    self._fix_length(*self.limits.fix(progress.step, since or first, sum(self._seconds.values())))
+                    self._fix_length(*self.limits.fix(progress.step, seconds, sum(self._seconds.values())))
             if stopped_by := self._between_steps(time.perf_counter() - started):
                 return stopped_by
         return self.limits.reason(progress.step, late=False)
@@ -199,7 +204,7 @@ class Trainer:
         parts: dict[str, Tensor] = {}
         for i, batch in enumerate(window):
             with self.backend.micro_batch(last=i == len(window) - 1):
-                with self.clock("forward"):
+                with self.clock("forward"), self.backend.autocast():
                     losses = self.model(**batch, num_items=items)
                 with self.clock("backward"):
                     self.backend.backward(losses["loss"])

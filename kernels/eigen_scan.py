@@ -1,0 +1,348 @@
+"""The diagonal complex recurrence of Temporal Eigenstate Networks: c_t = lambda * c_{t-1} + beta_t.
+
+`eigen_scan` is the op, `eigen_scan_reference` the sequential truth it is held against. The PyTorch fallback cuts time
+into chunks and walks the positions inside all chunks in lockstep: once from zero states to find where each chunk ends,
+then from chunk to chunk to find the state that truly enters each, then once more from there. The second walk stays in
+cache, so it costs less than adding lambda^(i+1) * carry to [B, T, 2K] afterwards, and resets and time-varying decay
+need no case of their own. Backward is the same walk from the other end (Martin & Cundy, arXiv 1709.04057).
+
+Complex numbers are planar, a real and an imaginary plane: bf16 has no complex kin and MPS supports few complex ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import cycle, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import backend
+
+
+class ScanOutput(NamedTuple):
+    states: Tensor  # [B, T, 2K] in beta's dtype
+    final_state: Tensor  # [B, 2K], fp32 (float64 for a float64 beta)
+    energy: Tensor | None  # [B], as final_state
+
+
+# ---- layout: planes, segments, decay -----------------------------------------------------------------------------
+
+
+def _planes(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, x.shape[-1] // 2))  # [..., 2K] -> [..., 2, K]
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Segment(NamedTuple):
+    """A run of N chunks of C positions each."""
+
+    start: int
+    num_chunks: int
+    chunk: int
+
+    def chunks(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> the view [B, N, C, ...]."""
+        return x.narrow(1, self.start, self.num_chunks * self.chunk).unflatten(1, (self.num_chunks, self.chunk))
+
+    def steps(self, x: Tensor | None) -> list[Tensor] | list[None]:
+        """[B, T, ...] -> C views [B, N, ...], one for each position inside the chunks."""
+        return [None] * self.chunk if x is None else list(self.chunks(x).unbind(2))
+
+
+def _segments(length: int) -> list[_Segment]:
+    """Even chunks, then what is left of them as one short chunk."""
+    # C steps over all chunks twice, then length / C carries: cheapest near the root of the length. A power of two keeps
+    # C * omega exact, so the angle of lambda^C is as good as cos and sin can make it.
+    chunk = 1 << (max(length, 1).bit_length() - 1) // 2
+    whole, rest = divmod(length, chunk)
+    segments = [_Segment(0, whole, chunk), _Segment(whole * chunk, 1, rest)]
+    return [s for s in segments if s.num_chunks * s.chunk > 0]
+
+
+class _Decay:
+    """lambda = exp(log_rho + i*omega) as (real, imaginary) factors, for single positions and for whole chunks."""
+
+    def __init__(self, log_rho: Tensor, omega: Tensor, dtype: torch.dtype):
+        self.dtype, wide = dtype, torch.promote_types(log_rho.dtype, dtype)
+        self.log_rho, self.omega = log_rho.to(wide), omega.to(wide)
+        self.factors = self._factors(self.log_rho, self.omega)
+
+    def _factors(self, log_rho: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+        rho = log_rho.exp()
+        return (rho * omega.cos()).to(self.dtype), (rho * omega.sin()).to(self.dtype)
+
+    def steps(self, segment: _Segment) -> list[tuple[Tensor, Tensor]]:
+        if self.log_rho.dim() == 1:
+            return [self.factors] * segment.chunk  # [K]
+        return list(zip(*map(segment.steps, self.factors), strict=True))  # [B, N, K]
+
+    def products(self, segment: _Segment) -> list[tuple[Tensor, Tensor]]:
+        """The product of lambda over each chunk, from summed exponents: no negative power, so nothing overflows."""
+        if self.log_rho.dim() == 1:
+            return [self._factors(segment.chunk * self.log_rho, segment.chunk * self.omega)] * segment.num_chunks
+        products = self._factors(segment.chunks(self.log_rho).sum(2), segment.chunks(self.omega).sum(2))
+        return list(zip(*(p.unbind(1) for p in products), strict=True))  # [B, K]
+
+
+# ---- the walks: state [B, N, 2, K], one position of every chunk at a time ----------------------------------------
+
+
+def _multiply_add(x: Tensor, state: Tensor, decay: tuple[Tensor, Tensor], cut: Tensor | None, out: Tensor) -> Tensor:
+    """out = x + lambda * state, the state taken as 0 where cut. masked_fill, for 0 * NaN would cross a reset."""
+    a, b = decay
+    if cut is not None:
+        state = state.masked_fill(cut[..., None, None], 0)
+    torch.addcmul(x.to(out.dtype), a.unsqueeze(-2), state, out=out)
+    (re, im), (state_re, state_im) = out.unbind(-2), state.unbind(-2)
+    re.addcmul_(b, state_im, value=-1)
+    im.addcmul_(b, state_re)
+    return out
+
+
+def _carry(ends: Tensor, products: list, cuts: Tensor | None, state: Tensor, reverse: bool = False) -> Tensor:
+    """States [B, N, 2, K] that enter the chunks, from the first [B, 2, K] and where each chunk ends if it starts at 0."""
+    entering = torch.empty_like(ends)
+    order = list(range(ends.shape[1]))
+    if reverse:
+        order.reverse()
+    entering[:, order[0]] = state
+    for here, after in pairwise(order):
+        cut = None if cuts is None else cuts[:, here]
+        _multiply_add(ends[:, here], entering[:, here], products[here], cut, out=entering[:, after])
+    return entering
+
+
+def _walk(x: list, decays: list, cuts: list, state: Tensor, outs: Iterable[Tensor]) -> Tensor:
+    for x_i, decay, cut, out in zip(x, decays, cuts, outs, strict=False):
+        state = _multiply_add(x_i, state, decay, cut, out)
+    return state
+
+
+def _add_decay_gradient(back: Tensor, previous: Tensor, log_rho_sum: Tensor, omega_sum: Tensor) -> None:
+    """With q = conj(lambda) * dc_t: d log_rho += Re(conj(q) * c_{t-1}), d omega += Im(q * conj(c_{t-1}))."""
+    (re, im), (previous_re, previous_im) = back.unbind(-2), previous.to(back.dtype).unbind(-2)
+    log_rho_sum.addcmul_(re, previous_re).addcmul_(im, previous_im)
+    omega_sum.addcmul_(im, previous_re).addcmul_(re, previous_im, value=-1)
+
+
+# ---- the op ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tenfold::eigen_scan_fwd", mutates_args=())
+def _eigen_scan_fwd(
+    beta: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    energy_mask: Tensor | None,
+    with_energy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `eigen_scan`; energy is [0] when not asked for, since an output of an op cannot be optional."""
+    backend("eigen_scan")
+    dtype = _state_dtype(beta.dtype)
+    x, decay = _planes(beta), _Decay(log_rho, omega, dtype)
+    states = torch.empty(x.shape, dtype=dtype, device=x.device)  # [B, T, 2, K]
+    carry = states.new_zeros(x.shape[0], *x.shape[2:]) if initial_state is None else _planes(initial_state)
+    for seg in _segments(x.shape[1]):
+        x_steps, decays, cuts = seg.steps(x), decay.steps(seg), seg.steps(reset)
+        entering = carry.unsqueeze(1)
+        if seg.num_chunks > 1:
+            scratch = states.new_empty(2, x.shape[0], seg.num_chunks, *x.shape[2:])
+            ends = _walk(x_steps, decays, cuts, torch.zeros_like(scratch[0]), cycle(scratch))
+            cut = None if reset is None else seg.chunks(reset).any(2)
+            entering = _carry(ends, decay.products(seg), cut, carry)
+        carry = _walk(x_steps, decays, cuts, entering, seg.steps(states))[:, -1]
+    energy = states.new_empty(0)
+    if with_energy:
+        energy = torch.linalg.vector_norm(states, dim=(2, 3)).square()  # [B, T]
+        energy = (energy if energy_mask is None else energy.masked_fill(~energy_mask, 0)).sum(1)
+    return states.flatten(2).to(beta.dtype), carry.flatten(1).clone(), energy
+
+
+@_eigen_scan_fwd.register_fake
+def _(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy):
+    dtype = _state_dtype(beta.dtype)
+    batch, _, width = beta.shape
+    final_state = beta.new_empty(batch, width, dtype=dtype)
+    energy = beta.new_empty(batch if with_energy else 0, dtype=dtype)
+    return torch.empty_like(beta, memory_format=torch.contiguous_format), final_state, energy
+
+
+def _direct_gradient(grad_states, grad_energy, states: Tensor, energy_mask: Tensor | None) -> Tensor:
+    """A fresh [B, T, 2, K] in the state's dtype: what reaches each state other than through later states."""
+    grad = torch.zeros(states.shape, dtype=_state_dtype(states.dtype), device=states.device)
+    if grad_states is not None:
+        grad.copy_(grad_states)
+    if grad_energy is not None:
+        scale = (2 * grad_energy)[:, None].expand(states.shape[:2])  # d sum |c|^2 = 2 c dc
+        scale = scale if energy_mask is None else scale.masked_fill(~energy_mask, 0)
+        grad.addcmul_(states, scale.unsqueeze(-1))
+    return _planes(grad)
+
+
+@torch.library.custom_op("tenfold::eigen_scan_bwd", mutates_args=())
+def _eigen_scan_bwd(
+    grad_states: Tensor | None,
+    grad_final_state: Tensor | None,
+    grad_energy: Tensor | None,
+    states: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    energy_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of beta, log_rho, omega and initial_state (also where there was none: the one of its zeros)."""
+    grad = _direct_gradient(grad_states, grad_energy, states, energy_mask)  # [B, T, 2, K]
+    conj, c = _Decay(log_rho, -omega, grad.dtype), _planes(states)
+    zero_state = grad.new_zeros(grad.shape[0], *grad.shape[2:])
+    first = zero_state if initial_state is None else _planes(initial_state)
+    carry = zero_state if grad_final_state is None else _planes(grad_final_state)
+    sums = [torch.zeros(log_rho.shape, dtype=grad.dtype, device=grad.device) for _ in range(2)]
+    for seg in reversed(_segments(grad.shape[1])):
+        backwards = list(zip(seg.steps(grad), conj.steps(seg), seg.steps(reset), strict=True))[::-1]
+        zero = grad.new_zeros(grad.shape[0], seg.num_chunks, *grad.shape[2:])
+        future = carry.unsqueeze(1).clone()  # what later chunks send back to the last state of each chunk
+        if seg.num_chunks > 1:
+            back = zero.clone()
+            for g, decay, cut in backwards:
+                _multiply_add(zero, g + back, decay, cut, out=back)
+            cut = None if reset is None else seg.chunks(reset).any(2)
+            future = _carry(back, conj.products(seg), cut, carry, reverse=True)
+
+        entering = c[:, seg.start - 1] if seg.start else first
+        entering = torch.cat([entering[:, None], seg.chunks(c)[:, :-1, -1]], 1)
+        previous = [entering, *seg.steps(c)[:-1]][::-1]
+        targets = [seg.steps(s) if s.dim() == 3 else [torch.zeros_like(zero[..., 0, :])] * seg.chunk for s in sums]
+        for (g, decay, cut), before, *target in zip(backwards, previous, *(t[::-1] for t in targets), strict=True):
+            _multiply_add(zero, g.add_(future), decay, cut, out=future)
+            _add_decay_gradient(future, before, *target)
+        if log_rho.dim() == 1:
+            sums = [s + t[0].sum((0, 1)) for s, t in zip(sums, targets, strict=True)]
+        carry = future[:, 0]
+    grad_log_rho, grad_omega = (s.to(log_rho.dtype) for s in sums)
+    return grad.flatten(2).to(states.dtype), grad_log_rho, grad_omega, carry.flatten(1).clone()
+
+
+@_eigen_scan_bwd.register_fake
+def _(grad_states, grad_final_state, grad_energy, states, log_rho, omega, initial_state, reset, energy_mask):
+    grad_initial = states.new_empty(states.shape[0], states.shape[2], dtype=_state_dtype(states.dtype))
+    contiguous = torch.contiguous_format
+    grad_decay = [torch.empty_like(log_rho, memory_format=contiguous) for _ in range(2)]
+    return torch.empty_like(states, memory_format=contiguous), *grad_decay, grad_initial
+
+
+def _setup_context(ctx, inputs, output):
+    _, log_rho, omega, initial_state, reset, energy_mask, ctx.with_energy = inputs
+    ctx.save_for_backward(output[0], log_rho, omega, initial_state, reset, energy_mask)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_states, grad_final_state, grad_energy):
+    grad_energy = grad_energy if ctx.with_energy else None
+    grads = _eigen_scan_bwd(grad_states, grad_final_state, grad_energy, *ctx.saved_tensors)
+    has_initial_state = ctx.saved_tensors[3] is not None
+    return *grads[:3], grads[3] if has_initial_state else None, None, None, None
+
+
+_eigen_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- the public faces --------------------------------------------------------------------------------------------
+
+
+def _check(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy) -> None:
+    if beta.dim() != 3 or beta.shape[-1] % 2:
+        raise ValueError(f"beta must be [B, T, 2K], real half then imaginary half; got {list(beta.shape)}")
+    if not beta.is_floating_point():
+        raise TypeError(f"beta must be a real floating-point tensor, got {beta.dtype}")
+    batch, length, width = beta.shape
+    for name, x in (("log_rho", log_rho), ("omega", omega)):
+        if tuple(x.shape) not in ((width // 2,), (batch, length, width // 2)):
+            shapes = f"[{width // 2}] or [{batch}, {length}, {width // 2}]"
+            raise ValueError(f"{name} must be {shapes} to go with beta {list(beta.shape)}, got {list(x.shape)}")
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64 (lower precision loses the phase), got {x.dtype}")
+    if initial_state is not None and initial_state.shape != (batch, width):
+        raise ValueError(f"initial_state must be [{batch}, {width}], got {list(initial_state.shape)}")
+    for name, x in (("reset", reset), ("energy_mask", energy_mask)):
+        if x is not None and (x.shape != (batch, length) or x.dtype != torch.bool):
+            raise ValueError(f"{name} must be bool [{batch}, {length}], got {x.dtype} {list(x.shape)}")
+    if energy_mask is not None and not with_energy:
+        raise ValueError("energy_mask says which positions the energy counts: pass with_energy=True, or no mask")
+
+
+def eigen_scan(
+    beta: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    with_energy: bool = False,
+    energy_mask: Tensor | None = None,
+) -> ScanOutput:
+    """c_t = exp(log_rho + i*omega) * c_{t-1} + beta_t for K complex channels.
+
+    The recurrence of LRU (arXiv 2303.06349, eq. 4) and of Temporal Eigenstate Networks. Differentiable once, through
+    all three outputs, into beta, log_rho, omega and initial_state.
+
+    Args:
+        beta: [B, T, 2K], real half then imaginary half; any real floating dtype and strides. T may be 0.
+        log_rho, omega: each [K] or [B, T, K], float32 or float64. log_rho <= 0 is the caller's to keep (checking would
+            wait for the device): above 0 the state grows without bound. -inf is a decay of exactly 0.
+        initial_state: [B, 2K], the c_{-1}; zero by default. Computed with in the state's dtype.
+        reset: [B, T] bool; where true, c_{t-1} is taken as 0 (a document starts here), initial_state too.
+        with_energy: also return the energy.
+        energy_mask: [B, T] bool, the positions the energy counts; all by default.
+
+    Returns:
+        ScanOutput: states [B, T, 2K] in beta's dtype; final_state [B, 2K]; energy [B], the sum of |c|^2 over the
+        counted t and all k, or None. The state's dtype, which is also that of the last two, is float32, or float64 if
+        beta is; states in a lower precision are rounded copies, and backward reads those.
+
+    Raises:
+        ValueError: a shape does not fit beta's, a mask is not bool, or energy_mask comes without with_energy.
+        TypeError: beta is not floating point, or log_rho or omega is neither float32 nor float64.
+    """
+    _check(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy)
+    if log_rho.shape != omega.shape:
+        log_rho, omega = torch.broadcast_tensors(log_rho, omega)
+    if log_rho.dtype != omega.dtype:
+        log_rho, omega = log_rho.double(), omega.double()
+    if initial_state is not None:
+        initial_state = initial_state.to(_state_dtype(beta.dtype))
+    states, final_state, energy = _eigen_scan_fwd(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy)
+    return ScanOutput(states, final_state, energy if with_energy else None)
+
+
+def eigen_scan_reference(
+    beta: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    with_energy: bool = False,
+    energy_mask: Tensor | None = None,
+) -> ScanOutput:
+    """`eigen_scan` one position at a time, by plain autograd, in the dtype the inputs promote to. Needs T > 0."""
+    decay_re, decay_im = log_rho.exp() * omega.cos(), log_rho.exp() * omega.sin()  # [K] or [B, T, K]
+    re, im = (torch.zeros_like(beta[:, 0]) if initial_state is None else initial_state).chunk(2, -1)
+    states = []
+    for t in range(beta.shape[1]):
+        if reset is not None:
+            re, im = (torch.where(reset[:, t, None], 0, part) for part in (re, im))
+        a, b = (d if d.dim() == 1 else d[:, t] for d in (decay_re, decay_im))
+        beta_re, beta_im = beta[:, t].chunk(2, -1)
+        re, im = a * re - b * im + beta_re, b * re + a * im + beta_im
+        states.append(torch.cat([re, im], -1))
+    states = torch.stack(states, 1)  # [B, T, 2K]
+    counted = states if energy_mask is None else torch.where(energy_mask[..., None], states, 0)
+    return ScanOutput(states, states[:, -1], counted.square().sum((1, 2)) if with_energy else None)

@@ -1,0 +1,349 @@
+"""The head of a language model and its loss in one op: projection, cross-entropy, energy; never [N, V] logits.
+
+For row i with hidden state h, logits z = W h + b (with a soft cap s: s * tanh(z / s)), label smoothing a, target y:
+
+    lse   = log sum_v exp(z_v)
+    nll   = lse - (1 - a) * z_y - a / V * sum_v z_v
+    total = nll + z_loss_weight * lse^2
+    dz_v  = (1 + 2 * z_loss_weight * lse) * softmax(z)_v - (1 - a) * [v = y] - a / V
+
+Rows are worked off in chunks, and the gradients of hidden, weight and bias are taken in the forward pass while the
+chunk's logits exist, as in Liger Kernel (arXiv 2410.10989). The z-loss is PaLM's (arXiv 2204.02311), the soft cap
+Gemma 2's (arXiv 2408.00118). The gradients kept are those of the sum over rows: the upstream gradient and 1 / num_items
+multiply them in backward, in fp32, for a gradient of the size of 1 / num_items would vanish in fp16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import backend
+from kernels.masked_cross_entropy import check_integer, check_label_smoothing, item_count
+
+# Two cores, fp32, N 2048, D 512, V 50304: the three matmuls take 1.28 s in chunks of 256 rows, 1.14 s in chunks of 512
+# and 1.13 s in chunks of 1024.
+CHUNK_BYTES = 1 << 27
+MIN_ROWS, MAX_ROWS = 64, 1024
+WIDEN_ROWS = 4096  # rows of a low-precision gradient turned into fp32 at a time
+
+
+class LossParts(NamedTuple):
+    """0-d tensors. loss = ce_loss + energy_weight * energy_loss + z_loss_weight * z_loss; all but loss are detached."""
+
+    loss: Tensor
+    ce_loss: Tensor
+    energy_loss: Tensor
+    z_loss: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- PyTorch fallback
+
+
+def _chunk_rows(num_rows: int, num_classes: int, itemsize: int) -> int:
+    """Rows per chunk: within the budget, and chunks of even size, for a short last one wastes the matmul."""
+    rows = min(max(CHUNK_BYTES // (num_classes * itemsize), MIN_ROWS), MAX_ROWS)
+    return -(-num_rows // -(-num_rows // rows)) if num_rows else 1
+
+
+class _Head:
+    """The projection of one chunk at a time, into buffers that every chunk reuses.
+
+    Matmuls run in the dtype of `hidden`, everything between them in `z`, fp32 or better; in fp32 the buffers are one.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.rows = _chunk_rows(hidden.shape[0], weight.shape[0], wide.itemsize)
+        self.weight = weight.to(hidden.dtype)
+        self.bias = None if bias is None else bias.to(wide)
+        self.softcap = softcap
+        self.z = hidden.new_empty((self.rows, weight.shape[0]), dtype=wide)
+        self.narrow = self.z if hidden.dtype == wide else torch.empty_like(self.z, dtype=hidden.dtype)
+        self.tanh = None if softcap is None else torch.empty_like(self.z)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [C, D] -> z [C, V]."""
+        z, narrow = self.z[: len(x)], self.narrow[: len(x)]
+        torch.mm(x, self.weight.t(), out=narrow)
+        if narrow.dtype != z.dtype:
+            z.copy_(narrow)  # a copy, then same-dtype ops: on a CPU a mixed-dtype op takes ten times as long as both
+        if self.bias is not None:
+            z.add_(self.bias)
+        if self.softcap is not None:
+            tanh = torch.div(z, self.softcap, out=self.tanh[: len(x)]).tanh_()
+            torch.mul(tanh, self.softcap, out=z)
+        return z
+
+    def backward(
+        self, x: Tensor, dz: Tensor, d_x: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
+    ) -> None:
+        """Write d_x and add to d_weight and d_bias, given dz [C, V], the gradient of what `logits(x)` returned last."""
+        if self.softcap is not None:
+            dz.mul_(self.tanh[: len(x)].square_().neg_().add_(1))
+        if d_bias is not None:
+            d_bias.add_(dz.sum(0))
+        if dz.dtype != x.dtype:
+            dz = self.narrow[: len(x)].copy_(dz)
+        if d_x is not None:
+            torch.mm(dz, self.weight, out=d_x)
+        if d_weight is None:
+            return
+        if dz.dtype == d_weight.dtype:
+            d_weight.addmm_(dz.t(), x)
+            return
+        partial = torch.mm(dz.t(), x)
+        for total, part in zip(d_weight.split(WIDEN_ROWS), partial.split(WIDEN_ROWS), strict=True):
+            total.add_(part.to(total.dtype))
+
+
+def _sum_over_rows(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    target: Tensor,  # [N]
+    label_smoothing: float,
+    z_loss_weight: float,
+    softcap: float | None,
+    ignore_index: int,
+    d_hidden: Tensor | None = None,  # [N, D], written
+    d_weight: Tensor | None = None,  # [V, D], added to
+    d_bias: Tensor | None = None,  # [V], added to
+) -> tuple[Tensor, Tensor]:
+    """Sums of nll and lse^2 over the counted rows; gradients of sum(total) where there is a place for them."""
+    head = _Head(hidden, weight, bias, softcap)
+    nll_sum = square_sum = head.z.new_zeros(())
+    wants_gradient = not (d_hidden is None and d_weight is None and d_bias is None)
+    for start in range(0, hidden.shape[0], head.rows):
+        rows = slice(start, start + head.rows)
+        keep = (target[rows] != ignore_index).unsqueeze(1)  # [C, 1]
+        x = hidden[rows].masked_fill(~keep, 0)  # an ignored row may hold NaN; as zeros it adds nothing to d_weight
+        y = target[rows].unsqueeze(1).masked_fill(~keep, 0)
+
+        z = head.logits(x)
+        z_y = z.gather(1, y)
+        z_mean = z.mean(1, keepdim=True) if label_smoothing else 0.0
+        peak = z.amax(1, keepdim=True)
+        partition = z.sub_(peak).exp_().sum(1, keepdim=True)  # z is now exp(z - peak)
+        lse = partition.log() + peak
+        nll = lse - (1 - label_smoothing) * z_y - label_smoothing * z_mean
+        nll_sum = nll_sum + nll.masked_fill(~keep, 0).sum()
+        square_sum = square_sum + lse.square().masked_fill(~keep, 0).sum()
+        if not wants_gradient:
+            continue
+
+        counted = keep.to(z.dtype)
+        slope = (1 + 2 * z_loss_weight * lse) * counted  # of nll + z_loss_weight * lse^2 with respect to lse
+        spread = label_smoothing / weight.shape[0] * counted
+        d_y = slope * (z_y - lse).exp() - spread - (1 - label_smoothing) * counted  # p - 1, rounded once
+        dz = z.mul_(slope / partition)
+        if label_smoothing:
+            dz.sub_(spread)
+        dz.scatter_(1, y, d_y)
+        head.backward(x, dz, None if d_hidden is None else d_hidden[rows], d_weight, d_bias)
+    return nll_sum, square_sum
+
+
+@torch.library.custom_op("tenfold::linear_cross_entropy", mutates_args=())
+def _loss_only(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """-> sum of nll, sum of lse^2."""
+    return _sum_over_rows(hidden, weight, bias, target, label_smoothing, 0.0, softcap, ignore_index)
+
+
+@_loss_only.register_fake
+def _(hidden, weight, bias, target, label_smoothing, softcap, ignore_index):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty((), dtype=wide), hidden.new_empty((), dtype=wide)
+
+
+def _gradient_buffers(hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: list[bool]) -> list[Tensor]:
+    """d_hidden in the dtype of hidden; d_weight and d_bias, which add up over chunks, wide. Empty if not wanted."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return [
+        hidden.new_empty(hidden.shape if wants[0] else 0),
+        hidden.new_zeros(weight.shape if wants[1] else 0, dtype=wide),
+        hidden.new_zeros(weight.shape[:1] if wants[2] else 0, dtype=wide),
+    ]
+
+
+@torch.library.custom_op("tenfold::linear_cross_entropy_with_gradients", mutates_args=())
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss_weight: float,
+    softcap: float | None,
+    ignore_index: int,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> total (differentiable), sum of nll, sum of lse^2, and the gradients of total: d_hidden, d_weight, d_bias."""
+    gradients = _gradient_buffers(hidden, weight, bias, wants)
+    places = (gradient if wanted else None for gradient, wanted in zip(gradients, wants, strict=True))
+    nll, square = _sum_over_rows(
+        hidden, weight, bias, target, label_smoothing, z_loss_weight, softcap, ignore_index, *places
+    )
+    return nll + z_loss_weight * square, nll, square, *gradients
+
+
+@_loss_and_gradients.register_fake
+def _(hidden, weight, bias, target, label_smoothing, z_loss_weight, softcap, ignore_index, wants):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    sums = (hidden.new_empty((), dtype=wide) for _ in range(3))
+    return *sums, *_gradient_buffers(hidden, weight, bias, wants)
+
+
+# ------------------------------------------------------------------------------------------------------- autograd glue
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, *_, ctx.wants = inputs
+    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+
+
+def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy takes its gradient in forward and cannot be differentiated twice: "
+            "drop create_graph=True, or use linear_cross_entropy_reference"
+        )
+    # As a tensor of one dimension the fp32 scale is not rounded to the dtype of d_hidden.
+    scaled = [
+        (gradient * grad.view(1)).to(dtype) if wanted else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
+    ]
+    return *scaled, None, None, None, None, None, None
+
+
+_loss_and_gradients.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---------------------------------------------------------------------------------------------------- public functions
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    energy: Tensor | None = None,
+    energy_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    num_items: Tensor | int | None = None,
+) -> LossParts:
+    """Cross-entropy of `hidden @ weight.T + bias` plus energy and z-loss, without ever holding the logits of all rows.
+
+    Keep it outside activation checkpointing: its gradients exist after forward, a recomputation would take them twice.
+
+    Args:
+        hidden: [..., D] floating. Its dtype is that of the matmuls; under autocast, autocast's dtype is.
+        weight: [V, D] in any floating dtype, best kept in fp32: it is cast inside, and its gradient adds up in fp32.
+        target: [...] integer in 0..V-1, or `ignore_index`. Ignored rows give loss 0 and gradient 0, whatever they hold.
+        bias: [V].
+        energy: differentiable 0-d tensor, already divided by `num_items`; its gradient flows through `loss`.
+        label_smoothing: a in [0, 1]; every one of the V classes gets a / V.
+        z_loss_weight: factor on the mean over counted rows of lse^2, taken after the soft cap.
+        softcap: s > 0 bounds the logits by s * tanh(z / s).
+        num_items: the divisor: a 0-d integer tensor or an int, at least 1 is used. Default: the counted rows.
+
+    Returns:
+        LossParts of 0-d tensors in fp32 (float64 for float64 hidden). All targets ignored: ce_loss = z_loss = 0.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or option.
+        RuntimeError: a target outside 0..V-1 that is not `ignore_index` (from torch.gather), or differentiated twice.
+    """
+    backend("linear_cross_entropy")
+    _check(hidden, weight, target, bias, energy, label_smoothing, softcap)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    rows = hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1).long()
+    wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in rows[:3]]
+    if any(wants):
+        total, nll, square, *_ = _loss_and_gradients(
+            *rows, label_smoothing, z_loss_weight, softcap, ignore_index, wants
+        )
+    else:
+        nll, square = _loss_only(*rows, label_smoothing, softcap, ignore_index)
+        total = nll + z_loss_weight * square
+    count = item_count(num_items, target != ignore_index)
+    loss = total / count
+    if energy is None:
+        return LossParts(loss, nll / count, torch.zeros_like(nll), square / count)
+    return LossParts(loss + energy_weight * energy, nll / count, energy.detach(), square / count)
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    energy: Tensor | None = None,
+    energy_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    num_items: Tensor | int | None = None,
+) -> LossParts:
+    """`linear_cross_entropy` with all its logits, in plain differentiable PyTorch and in the caller's dtype."""
+    _check(hidden, weight, target, bias, energy, label_smoothing, softcap)
+    keep = target != ignore_index
+    z = F.linear(hidden.masked_fill(~keep.unsqueeze(-1), 0), weight.to(hidden.dtype), bias)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    lse = z.logsumexp(-1)
+    z_y = z.gather(-1, target.long().masked_fill(~keep, 0).unsqueeze(-1)).squeeze(-1)
+    nll = lse - (1 - label_smoothing) * z_y - label_smoothing * z.mean(-1)
+    count = item_count(num_items, keep)
+    ce = nll.masked_fill(~keep, 0).sum() / count
+    z_loss = lse.square().masked_fill(~keep, 0).sum() / count
+    energy = torch.zeros_like(ce) if energy is None else energy
+    loss = ce + energy_weight * energy + z_loss_weight * z_loss
+    return LossParts(loss, ce.detach(), energy.detach(), z_loss.detach())
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    energy: Tensor | None,
+    label_smoothing: float,
+    softcap: float | None,
+) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    check_integer("target", target)
+    check_label_smoothing(label_smoothing)
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [..., D] and [V, D]")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target {list(target.shape)} must have the shape of hidden {list(hidden.shape)} without D")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {list(bias.shape)} must be [V] for weight {list(weight.shape)}")
+    if energy is not None and energy.dim():
+        raise ValueError(f"energy must be a 0-d tensor, got {list(energy.shape)}: sum it and divide by num_items first")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: it must be positive, or None for no cap")

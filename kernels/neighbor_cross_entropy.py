@@ -1,0 +1,257 @@
+"""Cross-entropy of a linear head over a few candidate classes per row: scores J of the V classes and never the others.
+
+With S the candidates of row i, O the targets among them, a the label smoothing:
+
+    z_j  = <hidden_i, weight[candidate_j]> + bias[candidate_j]
+    lse  = log sum_{j in S} exp(z_j)
+    loss = lse - (1 - a) / |O| * sum_{j in O} z_j - a / |S| * sum_{j in S} z_j
+    dz_j = softmax_S(z)_j - (1 - a) / |O| * [j in O] - a / |S|
+
+In a maze, a cell has at most 4 neighbours among up to 900 cells: 4 D multiplications a row in place of 900 D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import backend
+from kernels.masked_cross_entropy import check_integer, check_label_smoothing, reduce_rows
+
+CHUNK_ELEMENTS = 1 << 20  # of the gathered rows of weight [r, J, D]
+MAX_CANDIDATES = 24  # the cells within 3 steps
+
+
+class NeighborCE(NamedTuple):
+    """loss: 0-d. argmax [R]: the best candidate's slot, 0..J-1. correct [R] bool: that slot is a true target."""
+
+    loss: Tensor
+    argmax: Tensor
+    correct: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- PyTorch fallback
+
+
+def _row_chunks(candidates: Tensor, width: int) -> Iterator[slice]:
+    rows = max(1, CHUNK_ELEMENTS // max(1, candidates.shape[1] * width))
+    for start in range(0, candidates.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _lookup(candidates: Tensor) -> Tensor:
+    """Indices to gather by: an empty slot repeats a candidate of its row, so that it reads nothing the row doesn't."""
+    return torch.where(candidates < 0, candidates.amax(1, keepdim=True).clamp(min=0), candidates)
+
+
+def _true_targets(candidates: Tensor, target: Tensor) -> Tensor:
+    return target & (candidates >= 0)
+
+
+def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+@torch.library.custom_op("tenfold::neighbor_cross_entropy", mutates_args=())
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, candidates: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss [R] (0 where no candidate is a target), log_probs [R, J] (-inf in empty slots), argmax [R]."""
+    wide = _wide(hidden, weight)
+    scores = hidden.new_empty(candidates.shape, dtype=wide)
+    for rows in _row_chunks(candidates, hidden.shape[1]):
+        index = _lookup(candidates[rows])
+        # Products and sums rather than a matmul: autocast would round those to bf16.
+        scores[rows] = weight[index].to(wide).mul_(hidden[rows].to(wide).unsqueeze(1)).sum(-1)
+        if bias is not None:
+            scores[rows] += bias[index]
+    valid, true = candidates >= 0, _true_targets(candidates, target)
+    scores.masked_fill_(~valid, -math.inf)
+    log_probs = torch.log_softmax(scores, -1).masked_fill(~valid, -math.inf)
+    loss = (label_smoothing - 1) * log_probs.masked_fill(~true, 0).sum(-1) / true.sum(-1)
+    if label_smoothing:
+        loss -= label_smoothing * log_probs.masked_fill(~valid, 0).sum(-1) / valid.sum(-1)
+    return loss.masked_fill(~true.any(-1), 0), log_probs, scores.argmax(-1)
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, candidates, target, label_smoothing):
+    wide = _wide(hidden, weight)
+    rows = candidates.shape[:1]
+    argmax = candidates.new_empty(rows, dtype=torch.int64)
+    return hidden.new_empty(rows, dtype=wide), hidden.new_empty(candidates.shape, dtype=wide), argmax
+
+
+def _gradient_shapes(hidden: Tensor, weight: Tensor, wants: list[bool]) -> list[torch.Size | int]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return [shape if wanted else 0 for shape, wanted in zip(shapes, wants, strict=True)]
+
+
+@torch.library.custom_op("tenfold::neighbor_cross_entropy_bwd", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    log_probs: Tensor,
+    label_smoothing: float,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad [R] of the row losses -> d_hidden, d_weight, d_bias, wide; empty if not wanted.
+
+    index_add_ takes the rows in order on a CPU: the same bits each time. (On CUDA it uses atomics.)
+    """
+    wide = log_probs.dtype
+    d_hidden, d_weight, d_bias = (hidden.new_zeros(s, dtype=wide) for s in _gradient_shapes(hidden, weight, wants))
+    for rows in _row_chunks(candidates, hidden.shape[1]):
+        valid, true = candidates[rows] >= 0, _true_targets(candidates[rows], target[rows])
+        counted = true.any(-1, keepdim=True)
+        d_z = log_probs[rows].exp()
+        d_z -= true * ((1 - label_smoothing) / true.sum(-1, keepdim=True, dtype=wide))
+        if label_smoothing:
+            d_z -= label_smoothing / valid.sum(-1, keepdim=True, dtype=wide)
+        d_z = d_z.mul_(grad[rows].unsqueeze(-1)).masked_fill_(~(valid & counted), 0)
+        index = _lookup(candidates[rows])
+        if wants[0]:
+            gathered = weight[index].to(wide).mul_(d_z.unsqueeze(-1))
+            d_hidden[rows] = gathered.sum(1).masked_fill_(~counted, 0)
+        if wants[1]:
+            h = hidden[rows].to(wide).masked_fill(~counted, 0)
+            d_weight.index_add_(0, index.flatten(), (d_z.unsqueeze(-1) * h.unsqueeze(1)).flatten(0, 1))
+        if wants[2]:
+            d_bias.index_add_(0, index.flatten(), d_z.flatten())
+    return d_hidden, d_weight, d_bias
+
+
+@_backward_op.register_fake
+def _(grad, hidden, weight, candidates, target, log_probs, label_smoothing, wants):
+    return tuple(hidden.new_empty(s, dtype=log_probs.dtype) for s in _gradient_shapes(hidden, weight, wants))
+
+
+# ------------------------------------------------------------------------------------------------------- autograd glue
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, candidates, target, ctx.label_smoothing = inputs
+    _, log_probs, argmax = output
+    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(log_probs, argmax)
+    ctx.save_for_backward(hidden, weight, candidates, target, log_probs)
+
+
+def _backward(ctx, grad, *_):
+    wants = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(grad, *ctx.saved_tensors, ctx.label_smoothing, wants)
+    cast = [g.to(d) if wanted else None for g, d, wanted in zip(gradients, ctx.dtypes, wants, strict=True)]
+    return *cast, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---------------------------------------------------------------------------------------------------- public functions
+
+
+def neighbor_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    candidates: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    row_weight: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+) -> NeighborCE:
+    """Cross-entropy over each row's candidates: `masked_cross_entropy` over logits [R, V] that are valid only there.
+
+    A row is counted if a candidate is a target; a row that is not gives loss 0 and gradient 0, whatever it holds.
+
+    Args:
+        hidden: [R, D] floating.
+        weight, bias: [V, D] and [V] or None, floating. All arithmetic is fp32 or better, under autocast too.
+        candidates: [R, J] integer, J <= 24, the classes of a row, distinct; below 0 is an empty slot.
+        target: [R, J] bool: the true candidates, equally likely. Ignored in empty slots.
+        label_smoothing: a in [0, 1]; each candidate gets a / (number of candidates).
+        row_weight: [R], a factor on each row's loss. Differentiable.
+        num_items: the divisor: a 0-d integer tensor or an int, at least 1 is used. Default: the counted rows.
+
+    Returns:
+        NeighborCE(loss, argmax, correct): loss = sum(row_weight * row loss) / num_items in fp32 (float64 where an input
+        is); argmax [R] int64, the slot of the best score (0 for a row without candidates); correct [R] bool, False for
+        rows that are not counted.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or option.
+        IndexError: a candidate >= V (from indexing). RuntimeError: when differentiated twice.
+    """
+    backend("neighbor_cross_entropy")
+    _check(hidden, weight, bias, candidates, target, row_weight, label_smoothing)
+    candidates = candidates.long()
+    losses, _, argmax = _forward(hidden, weight, bias, candidates, target, label_smoothing)
+    true = _true_targets(candidates, target)
+    loss = reduce_rows(losses, true.any(-1), weight=row_weight, reduction="mean", num_items=num_items)
+    return NeighborCE(loss, argmax, true.gather(1, argmax.unsqueeze(1)).squeeze(1))
+
+
+def neighbor_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    candidates: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    row_weight: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+) -> NeighborCE:
+    """`neighbor_cross_entropy` in plain differentiable PyTorch and in the caller's dtype: the truth for tests."""
+    _check(hidden, weight, bias, candidates, target, row_weight, label_smoothing)
+    valid, true = candidates >= 0, _true_targets(candidates, target)
+    counted = true.any(-1)
+    index = _lookup(candidates.long())
+    scores = (weight[index] * hidden.unsqueeze(1)).sum(-1)
+    if bias is not None:
+        scores = scores + bias[index]
+    argmax = scores.detach().masked_fill(~valid, -math.inf).argmax(-1)
+    kept = scores.masked_fill(~valid, -math.inf).masked_fill(~counted.unsqueeze(-1), 0)
+    log_probs = torch.log_softmax(kept, -1)
+    hit = log_probs.masked_fill(~true, 0).sum(-1) / true.sum(-1).clamp(min=1)
+    smooth = log_probs.masked_fill(~valid, 0).sum(-1) / valid.sum(-1).clamp(min=1)
+    losses = -(1 - label_smoothing) * hit - label_smoothing * smooth
+    loss = reduce_rows(losses, counted, weight=row_weight, reduction="mean", num_items=num_items)
+    return NeighborCE(loss, argmax, true.gather(1, argmax.unsqueeze(1)).squeeze(1))
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    candidates: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    label_smoothing: float,
+) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("row_weight", row_weight)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    check_integer("candidates", candidates)
+    check_label_smoothing(label_smoothing)
+    if target.dtype != torch.bool:
+        raise TypeError(f"target must be bool [R, J], got {target.dtype}")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [R, D] and [V, D]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {list(bias.shape)} must be [V] for weight {list(weight.shape)}")
+    rows = hidden.shape[0]
+    if candidates.dim() != 2 or candidates.shape[0] != rows or not 1 <= candidates.shape[1] <= MAX_CANDIDATES:
+        raise ValueError(f"candidates {list(candidates.shape)} must be [{rows}, J] with J in 1..{MAX_CANDIDATES}")
+    if target.shape != candidates.shape:
+        raise ValueError(f"target {list(target.shape)} must have the shape of candidates {list(candidates.shape)}")
+    if row_weight is not None and row_weight.shape != (rows,):
+        raise ValueError(f"row_weight {list(row_weight.shape)} must be [{rows}]")

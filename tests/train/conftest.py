@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.toy import ToyModel, ToyTask
+from train.engine import Trainer, TrainingConfig
+from train.engine.metrics import read_rows
+
+TIMES = ("items_per_second", "elapsed")
+
+
+@pytest.fixture(autouse=True)
+def _no_second_spent_on_the_ceiling(monkeypatch):
+    monkeypatch.setattr("train.engine.summary.matmul_rate", lambda *args, **kwargs: 1e12)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Trainer of the toy in fp32 on the CPU; keyword arguments go to its config."""
+
+    def make(name: str = "run", task: ToyTask | None = None, hooks=(), dropout: float = 0.2, **settings) -> Trainer:
+        defaults = {"max_steps": 12, "batch_size": 8, "warmup_steps": 2, "lr": 1e-2, "mixed_precision": "no"}
+        config = TrainingConfig(run_dir=tmp_path / name, **{**defaults, "cpu": True, "wandb": "off", **settings})
+        torch.manual_seed(0)
+        return Trainer(ToyModel(dropout), config, task or ToyTask(), hooks)
+
+    return make
+
+
+@pytest.fixture
+def rows() -> Callable[[Path], list[dict]]:
+    """Rows of a run folder without what depends on the clock."""
+
+    def read(run_dir: Path) -> list[dict]:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(run_dir / "metrics.jsonl")]
+
+    return read
