@@ -12,6 +12,7 @@ from kernels.masked_cross_entropy import (
     masked_log_softmax,
     masked_log_softmax_reference,
 )
+from kernels.multiscale_pool import multiscale_pool, multiscale_pool_reference
 from kernels.neighbor_cross_entropy import NeighborCE, neighbor_cross_entropy, neighbor_cross_entropy_reference
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "masked_cross_entropy_reference",
     "masked_log_softmax",
     "masked_log_softmax_reference",
+    "multiscale_pool",
+    "multiscale_pool_reference",
     "neighbor_cross_entropy",
     "neighbor_cross_entropy_reference",
 ]

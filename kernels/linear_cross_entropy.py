@@ -115,7 +115,7 @@ def _sum_over_rows(
 ) -> tuple[Tensor, Tensor]:
     """Sums of nll and lse^2 over the counted rows; gradients of sum(total) where there is a place for them."""
     head = _Head(hidden, weight, bias, softcap)
-    nll_sum = square_sum = head.z.new_zeros(())
+    nll_sum, square_sum = head.z.new_zeros(()), head.z.new_zeros(())
     wants_gradient = not (d_hidden is None and d_weight is None and d_bias is None)
     for start in range(0, hidden.shape[0], head.rows):
         rows = slice(start, start + head.rows)

@@ -5,6 +5,8 @@ As a script, `python tests/toy.py --max_steps 5 …` trains it like any other; t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,11 @@ from train.engine import Trainer, TrainingConfig, parse
 from train.engine.script import sentences
 
 CLASSES, LENGTH = 5, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(TrainingConfig):
+    dropout: float = 0.2
 
 
 class ToyModel(nn.Module):
@@ -74,9 +81,9 @@ class ToyTask:
 
 def main() -> None:
     with sentences():
-        config = parse(TrainingConfig)
+        config = parse(ToyConfig)
         torch.manual_seed(config.seed)
-        Trainer(ToyModel(dropout=0.2), config, ToyTask()).train()
+        Trainer(ToyModel(config.dropout), config, ToyTask()).train()
 
 
 if __name__ == "__main__":

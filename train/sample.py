@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from models.ten import TEN
+from models.ten import TEN, TENConfig
 from tasks.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from train.engine.checkpoint import find_checkpoint, load_weights
 from train.engine.run_folder import read_json
@@ -57,9 +57,9 @@ def sample_text(model: TEN, tokenizer: Tokenizer, settings: SampleSettings) -> s
 def load(run: Path) -> tuple[TEN, Tokenizer, SampleSettings]:
     """Model, tokenizer and sample settings of a run folder or checkpoint. Raises ConfigError."""
     folder = find_checkpoint(run, lambda line: print(line, file=sys.stderr))
-    model = TEN.from_pretrained(folder)
-    if (folder / "ema.safetensors").exists():
-        load_weights(model, folder / "ema.safetensors")
+    model = TEN(TENConfig(**read_json(folder / "config.json")))
+    averaged = folder / "ema.safetensors"
+    load_weights(model, averaged if averaged.exists() else folder / "model.safetensors")
     run_dir = folder.parent.parent
     settings = SampleSettings(**read_json(run_dir / "samples" / SETTINGS_FILE))
     return model.eval(), load_tokenizer(run_dir / TOKENIZER_FILE), settings

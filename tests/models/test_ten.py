@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from models.ten import PRESETS, TEN, TENConfig
+from models.ten import PRESETS, TEN, EigenstateMixer, TENConfig
 
 
 def with_ignored(labels: torch.Tensor) -> torch.Tensor:
@@ -83,6 +83,45 @@ def test_spectral_energy_reproduces_the_originals():
     assert TEN(config)(ids, labels=ids)["energy_loss"].item() == pytest.approx(8.03, rel=0.1)
 
 
+# --- what a layer computes ---
+
+
+@torch.no_grad()
+def reference_states(mixer: EigenstateMixer, x: torch.Tensor) -> torch.Tensor:
+    """c_t = λ c_{t-1} + γ W_in x_t as written, one position after the other: [B, T, D] -> complex [B, T, K]."""
+    nu, omega = mixer.eigenvalues.nu, mixer.eigenvalues.omega
+    rho = torch.exp(-torch.exp(nu))
+    real, imaginary = mixer.in_proj.weight.chunk(2)
+    states, c = [], torch.zeros(())
+    for x_t in x.unbind(1):
+        pushes = torch.sqrt(1 - rho**2) * torch.complex(x_t @ real.T, x_t @ imaginary.T)
+        c = torch.polar(rho, omega) * c + pushes
+        states.append(c)
+    return torch.stack(states, dim=1)
+
+
+@torch.no_grad()
+def test_mixer_computes_its_formulas(tiny_ten):
+    mixer = tiny_ten().blocks[0].mixer
+    x = torch.randn(2, 11, 16, dtype=torch.float64)
+    heads = []
+    for head, states in zip(mixer.resonance, reference_states(mixer, x).chunk(2, dim=-1), strict=True):
+        coupled = torch.view_as_real(states).transpose(-1, -2) @ head.T  # [B, T, 2, K/H]
+        heads.append((coupled / (coupled.square().mean(dim=(-2, -1), keepdim=True) + 1e-6).sqrt()).flatten(2))
+    gate = torch.sigmoid(x @ mixer.gate.weight.T + mixer.gate.bias)
+    expected = gate * (torch.cat(heads, dim=-1) @ mixer.out_proj.weight.T) + mixer.skip * x
+    torch.testing.assert_close(mixer(x, None, None, None)[0], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_partial_outputs_are_parts_of_the_whole(tiny_ten, tokens):
+    model, ids = tiny_ten(), tokens(2, 9)
+    logits = model(ids)["logits"]
+    hidden = model(ids, skip_output_projection=True)
+    torch.testing.assert_close(hidden @ model.embedding.weight.T, logits, rtol=1e-10, atol=1e-10)
+    kept = model(ids, logits_to_keep=3)["logits"]
+    torch.testing.assert_close(kept, logits[:, -3:], rtol=1e-10, atol=1e-10)
+
+
 # --- losses ---
 
 
@@ -106,18 +145,13 @@ def test_state_energy_is_the_mean_over_layers_states_and_counted_positions(tiny_
     energies = []
 
     def measure(mixer, args, output):
-        log_rho, omega, gamma = mixer.eigenvalues()
-        beta = torch.complex(*mixer.in_proj(args[0], gamma.repeat(2)).chunk(2, dim=-1))
-        state, squares = torch.zeros_like(beta[:, 0]), []
-        for t in range(beta.shape[1]):
-            state = torch.exp(torch.complex(log_rho, omega)) * state + beta[:, t]
-            squares.append(state.abs().square().mean(dim=-1))
-        energies.append(torch.stack(squares, dim=1)[labels != -100].mean())
+        states = reference_states(mixer, args[0])
+        energies.append(states.abs().square().mean(dim=-1)[labels != -100].mean())
 
     for block in model.blocks:
         block.mixer.register_forward_hook(measure)
     out = model(ids, labels=labels)
-    torch.testing.assert_close(out["energy_loss"], torch.stack(energies).mean().detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(out["energy_loss"], torch.stack(energies).mean(), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("energy_mode", ["state", "spectral"])

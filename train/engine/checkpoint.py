@@ -32,6 +32,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     """model.safetensors, and config.json where the model is one of the Hub's kind."""
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
+        (folder / "README.md").unlink()  # a model card that says the model was pushed to the Hub
     else:
         save_model(model, str(folder / "model.safetensors"))
 

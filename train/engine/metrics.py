@@ -58,10 +58,10 @@ class Meter:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"names": self.names, "sums": self.sums.cpu()}
+        return {"names": self.names, "sums": self.sums.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.names, self.sums = state["names"], state["sums"].to(self.device)
+        self.names, self.sums = state["names"], state["sums"].to(self.device, copy=True)
 
 
 class Stopwatch:

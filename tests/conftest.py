@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_our_own(tmp_path_factory):
+    """Corpora are cached in a folder that lives as long as the tests."""
+    os.environ["TENFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture
+def run_command(tmp_path: Path, monkeypatch, capsys) -> Callable[[str], tuple[int, str]]:
+    """Run `accelerate launch script flags` or `python script flags` in this process, from a folder that looks like the
+    checkout; returns (exit status, what it printed)."""
+    for name in ("train", "benchmarks", "accelerate_configs", "README.md"):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str) -> tuple[int, str]:
+        words = shlex.split(command)
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        monkeypatch.setattr(sys, "argv", words[script:])
+        status = 0
+        try:
+            runpy.run_path(words[script], run_name="__main__")
+        except SystemExit as stopped:
+            status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        out, err = capsys.readouterr()
+        return status, out + err
+
+    return run

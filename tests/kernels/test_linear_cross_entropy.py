@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from kernels import linear_cross_entropy, linear_cross_entropy_reference
+
+op_file = sys.modules["kernels.linear_cross_entropy"]
+
+
+def problem(rows=37, d_model=12, classes=53, dtype=torch.float64, seed=0):
+    """Hidden, weight, bias and targets, some ignored; hidden leans towards its class so that the softmax is peaked."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, noise, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((classes, d_model), (rows, d_model), (classes,))
+    )
+    target = torch.randint(classes, (rows,), generator=generator)
+    hidden = 0.7 * weight[target] + 0.3 * noise
+    target[::6] = -100
+    return [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)], target
+
+
+def small_chunks(monkeypatch, rows=8):
+    monkeypatch.setattr(op_file, "MIN_ROWS", rows)
+    monkeypatch.setattr(op_file, "MAX_ROWS", rows)
+
+
+def loss_and_gradients(op, inputs, target, scale=2.5, **options):
+    hidden, weight, bias = inputs
+    parts = op(hidden, weight, target, bias=bias, **options)
+    wanted = [t for t in (*inputs, options.get("energy")) if t is not None and t.requires_grad]
+    return *parts, *torch.autograd.grad(scale * parts.loss, wanted)
+
+
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "all_smoothing": {"label_smoothing": 1.0},
+    "z_loss": {"z_loss_weight": 0.02},
+    "softcap": {"softcap": 4.0},
+    "everything": {"label_smoothing": 0.1, "z_loss_weight": 0.02, "softcap": 4.0, "num_items": 50},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("rows", [1, 8, 37])
+def test_values_and_gradients_equal_the_reference(monkeypatch, rows, options):
+    small_chunks(monkeypatch)
+    inputs, target = problem(rows=rows)
+    energy = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    options = {**options, "energy": energy, "energy_weight": 0.3}
+    ours = loss_and_gradients(linear_cross_entropy, inputs, target, **options)
+    assert_close(ours, loss_and_gradients(linear_cross_entropy_reference, inputs, target, **options))
+    loss, ce, raw_energy, z_loss = ours[:4]
+    assert_close(loss, ce + 0.3 * raw_energy + options.get("z_loss_weight", 0) * z_loss)
+    assert [part.requires_grad for part in ours[:4]] == [True, False, False, False]
+    with torch.no_grad():
+        only_loss = linear_cross_entropy(inputs[0], inputs[1], target, bias=inputs[2], **options)
+    assert_close(tuple(only_loss), ours[:4])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_reference_equals_torch(smoothing):
+    (hidden, weight, bias), target = problem()
+    parts = linear_cross_entropy_reference(hidden, weight, target, bias=bias, label_smoothing=smoothing)
+    logits = F.linear(hidden, weight, bias)
+    assert_close(parts.loss, F.cross_entropy(logits, target, label_smoothing=smoothing))
+    assert_close(parts.z_loss, logits.logsumexp(1)[target >= 0].square().mean())
+    assert parts.energy_loss == 0
+
+
+def test_gradcheck():
+    inputs, target = problem(rows=5, d_model=4, classes=7)
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "softcap": 3.0}
+    loss = lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, **options).loss  # noqa: E731
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_frozen_inputs_get_no_gradient(wanted):
+    inputs, target = problem()
+    expected = loss_and_gradients(linear_cross_entropy, inputs, target, scale=1.0)[4:]
+    some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+    linear_cross_entropy(*some[:2], target, bias=some[2]).loss.backward()
+    for i, (tensor, gradient) in enumerate(zip(some, expected, strict=True)):
+        assert (tensor.grad is None) == (i not in wanted)
+        if i in wanted:
+            assert_close(tensor.grad, gradient)
+
+
+def torch_ops(function):
+    """(name, input shapes) of every torch op that `function` runs, those inside a custom op included."""
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        function()
+    return [(event.name, event.input_shapes) for event in profile.function_events]
+
+
+def test_a_frozen_side_skips_its_matmul():
+    (hidden, weight, _), target = problem()
+    for h, w, expected in (
+        (hidden, weight, 3),
+        (hidden.detach(), weight, 2),
+        (hidden, weight.detach(), 2),
+        (hidden.detach(), weight.detach(), 1),
+    ):
+        names = [name for name, _ in torch_ops(lambda h=h, w=w: linear_cross_entropy(h, w, target))]
+        assert sum(name in ("aten::mm", "aten::addmm_") for name in names) == expected
+
+
+def test_tied_weights_get_both_gradients():
+    (_, weight, _), target = problem()
+    tokens = torch.arange(37) % 53
+    results = []
+    for op in (linear_cross_entropy, linear_cross_entropy_reference):
+        results.append(torch.autograd.grad(op(weight[tokens].tanh(), weight, target).loss, weight))
+    assert_close(*results)
+
+
+def test_backward_twice_and_into_an_existing_grad():
+    inputs, target = problem()
+    once = loss_and_gradients(linear_cross_entropy, inputs, target, scale=1.0)[4:]
+    loss = linear_cross_entropy(*inputs[:2], target, bias=inputs[2]).loss
+    loss.backward(retain_graph=True)
+    (3 * loss).backward()
+    for tensor, gradient in zip(inputs, once, strict=True):
+        assert_close(tensor.grad, 4 * gradient)
+
+
+def test_double_backward_says_no():
+    (hidden, weight, _), target = problem()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, target).loss, hidden, create_graph=True)
+
+
+def test_ignored_rows_never_show():
+    inputs, target = problem()
+    dirty = inputs[0].detach().masked_fill((target < 0).unsqueeze(1), math.nan).requires_grad_()
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.01}
+    ours = loss_and_gradients(linear_cross_entropy, [dirty, *inputs[1:]], target, **options)
+    assert_close(ours, loss_and_gradients(linear_cross_entropy, inputs, target, **options))
+    assert (ours[4][target < 0] == 0).all()
+
+
+def test_nan_in_a_counted_row_shows():
+    (hidden, weight, _), target = problem()
+    hidden = hidden.detach().index_fill(0, torch.tensor(1), math.nan)
+    assert linear_cross_entropy(hidden, weight, target).loss.isnan()
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_to_count_gives_zero(rows):
+    inputs, _ = problem(rows=rows)
+    target = torch.full((rows,), -7)
+    options = {"label_smoothing": 0.1, "z_loss_weight": 1.0, "ignore_index": -7}
+    for result in loss_and_gradients(linear_cross_entropy, inputs, target, **options):
+        assert (result == 0).all()
+
+
+def test_micro_batches_add_up_to_the_whole(monkeypatch):
+    small_chunks(monkeypatch)
+    inputs, target = problem()
+    whole = loss_and_gradients(linear_cross_entropy, inputs, target, scale=1.0)
+    count = (target >= 0).sum()
+    hidden, weight, bias = inputs
+    parts = [
+        linear_cross_entropy(hidden[s], weight, target[s], bias=bias, num_items=count)
+        for s in (slice(11), slice(11, 12), slice(12, 37))
+    ]
+    for name in ("ce_loss", "z_loss", "loss"):
+        assert_close(
+            sum(getattr(p, name) for p in parts), getattr(linear_cross_entropy(hidden, weight, target, bias=bias), name)
+        )
+    assert_close(torch.autograd.grad(sum(p.loss for p in parts), inputs), whole[4:])
+
+
+def test_never_holds_the_logits_of_all_rows(monkeypatch):
+    small_chunks(monkeypatch)
+    (hidden, weight, _), target = problem(rows=64)
+    largest = {}
+    for op in (linear_cross_entropy, linear_cross_entropy_reference):
+        loss = lambda op=op: op(hidden, weight, target, softcap=5.0, label_smoothing=0.1).loss  # noqa: E731
+        ops = torch_ops(lambda loss=loss: loss().backward())
+        largest[op] = max(math.prod(shape) for _, shapes in ops for shape in shapes if shape)
+    assert largest[linear_cross_entropy] <= max(8 * 53, weight.numel(), hidden.numel())
+    assert largest[linear_cross_entropy_reference] == 64 * 53  # the check can fail
+
+
+def test_chunks_are_even_and_within_the_budget():
+    for rows, classes in ((2048, 50304), (1, 7), (100_000, 300), (513, 256_000)):
+        chunk = op_file._chunk_rows(rows, classes, 4)
+        assert chunk * classes * 4 <= max(op_file.CHUNK_BYTES, op_file.MIN_ROWS * classes * 4)
+        count = -(-rows // chunk)
+        assert rows - (count - 1) * chunk > chunk - count  # the last one is short by less than a row per chunk
+
+
+def test_layouts_and_index_types():
+    (hidden, weight, bias), target = problem(rows=36)
+    expected = loss_and_gradients(linear_cross_entropy, [hidden, weight, bias], target)
+    h = hidden.detach().view(4, 9, 12).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    w = weight.detach().T.contiguous().T.requires_grad_()
+    ours = loss_and_gradients(linear_cross_entropy, [h, w, bias], target.view(4, 9).int())
+    assert_close([r.reshape(e.shape) for r, e in zip(ours, expected, strict=True)], list(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", ["same", "fp32"])
+def test_low_precision_is_as_good_as_the_same_dtype_naive(monkeypatch, dtype, weight_dtype):
+    """|gold - ours| <= |gold - naive| + eps, the rule of Cut Cross-Entropy's tests; eps is an ulp of the largest."""
+    small_chunks(monkeypatch, rows=16)
+    inputs, target = problem(rows=48, d_model=32, classes=101, dtype=dtype)
+    if weight_dtype == "fp32":
+        inputs = inputs[0], *(t.detach().float().requires_grad_() for t in inputs[1:])
+    gold_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    naive_inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    gold = loss_and_gradients(linear_cross_entropy_reference, gold_inputs, target, label_smoothing=0.1)
+    naive = loss_and_gradients(linear_cross_entropy_reference, naive_inputs, target, label_smoothing=0.1)
+    ours = loss_and_gradients(linear_cross_entropy, inputs, target, label_smoothing=0.1)
+    assert ours[0].dtype == torch.float32
+    assert [r.dtype for r in ours[4:]] == [t.dtype for t in inputs]
+    for g, n, o in zip(gold, naive, ours, strict=True):
+        ulp = torch.finfo(dtype).eps * g.abs().max()
+        assert (g - o).abs().max() <= (g - n).abs().max() + ulp
+
+
+def test_fp16_keeps_gradients_of_the_size_of_one_over_num_items():
+    """1 / 10^6 is below fp16's normal numbers; the loss scale arrives in backward and must find the gradient whole."""
+    inputs, target = problem(dtype=torch.float16)
+    (hidden, weight, _), scale, count = inputs, 2.0**16, 10**6
+    (ours,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, num_items=count).loss * scale, hidden)
+    gold_inputs = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    gold = torch.autograd.grad(
+        linear_cross_entropy_reference(*gold_inputs, target, num_items=count).loss * scale, gold_inputs[0]
+    )[0]
+    assert (ours.double() - gold).abs().max() < 2e-3 * gold.abs().max()
+
+
+def test_autocast_runs_the_matmuls_low_and_keeps_the_weight_gradient_wide():
+    (hidden, weight, _), target = problem(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target).loss
+    low = linear_cross_entropy(hidden.bfloat16(), weight, target).loss
+    assert_close(loss, low, rtol=0, atol=0)
+    assert loss != linear_cross_entropy(hidden, weight, target).loss
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
+    assert_close(gradients, torch.autograd.grad(low, (hidden, weight)), rtol=0, atol=0)
+
+
+def test_opcheck():
+    (hidden, weight, bias), target = problem(dtype=torch.float32)
+    ops = torch.ops.tenfold
+    torch.library.opcheck(
+        ops.linear_cross_entropy.default, (hidden.detach(), weight.detach(), bias.detach(), target, 0.1, 5.0, -100)
+    )
+    arguments = (target, 0.1, 0.01, 5.0, -100)
+    with_gradients = ops.linear_cross_entropy_with_gradients.default
+    torch.library.opcheck(with_gradients, (hidden, weight, bias, *arguments, [True, True, True]))
+    torch.library.opcheck(with_gradients, (hidden, weight.detach(), None, *arguments, [True, False, False]))
+
+
+def test_bad_input_is_a_sentence():
+    (hidden, weight, bias), target = problem()
+    for error, message, arguments, options in (
+        (TypeError, "hidden must be floating point", (hidden.long(), weight, target), {}),
+        (TypeError, "target must hold integers", (hidden, weight, target.double()), {}),
+        (TypeError, "0-d integer tensor", (hidden, weight, target), {"num_items": torch.ones(1, dtype=torch.int64)}),
+        (ValueError, r"\[\.\.\., D\] and \[V, D\]", (hidden, weight.T, target), {}),
+        (ValueError, "without D", (hidden, weight, target[:5]), {}),
+        (ValueError, r"bias \[4\] must be \[V\]", (hidden, weight, target), {"bias": bias[:4]}),
+        (ValueError, "energy must be a 0-d tensor", (hidden, weight, target), {"energy": torch.ones(2)}),
+        (ValueError, "must be positive", (hidden, weight, target), {"softcap": 0.0}),
+        (ValueError, r"in \[0, 1\]", (hidden, weight, target), {"label_smoothing": -0.1}),
+        (RuntimeError, "out of bounds", (hidden, weight, target + 53), {}),
+    ):
+        with pytest.raises(error, match=message):
+            linear_cross_entropy(*arguments, **options)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from tests.toy import ToyTask
+from train.engine import ConfigError, TrainingConfig
+from train.engine.order import DataOrder, MicroBatches, micro_batches_per_step, windows
+
+
+def test_an_epoch_names_every_item_once_whatever_the_batch_size():
+    for batch_size in (1, 3, 7, 40):
+        order = DataOrder(40, batch_size, seed=5)
+        stream = np.concatenate([order.items(step) for step in range(-(-120 // batch_size))])[:120]
+        for epoch in stream.reshape(3, 40):
+            assert sorted(epoch) == list(range(40))
+        assert (stream == np.concatenate([DataOrder(40, 40, seed=5).items(e) for e in range(3)])).all()
+    assert (stream[:40] != stream[40:80]).any()
+    assert (DataOrder(40, 40, seed=6).items(0) != stream[:40]).any()
+
+
+def test_the_order_of_a_step_needs_no_history():
+    walked, jumped = DataOrder(40, 7, seed=0), DataOrder(40, 7, seed=0)
+    for step in range(30):
+        last = walked.items(step)
+    assert (jumped.items(29) == last).all()
+
+
+def test_processes_and_micro_batches_share_a_step_out():
+    order = DataOrder(40, 12, seed=0)
+    parts = [list(islice(MicroBatches(order, 4, rank, 3, per_step=2), 2)) for rank in range(3)]
+    assert all(len(p) == 2 for p in parts)
+    assert [i for rank in parts for micro in rank for i in micro] == order.items(4).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_are_the_steps_in_order(workers):
+    task, order = ToyTask(), DataOrder(40, 8, seed=0)
+    got = list(islice(windows(task, MicroBatches(order, 3, 0, 1, per_step=3), workers, pin_memory=False), 4))
+    for step, window in enumerate(got, start=3):
+        tokens = [row.tolist() for batch in window for row in batch["tokens"]]
+        assert len(window) == 3
+        assert tokens == [task.train[int(i)]["tokens"].tolist() for i in order.items(step)]
+
+
+def test_batches_that_do_not_split_are_sentences():
+    with pytest.raises(ConfigError, match="take 12 or 8"):
+        micro_batches_per_step(TrainingConfig(batch_size=10), world_size=4)
+    with pytest.raises(ConfigError, match="take 4"):
+        micro_batches_per_step(TrainingConfig(batch_size=3), world_size=4)
+    with pytest.raises(ConfigError, match="more than the 5 items"):
+        micro_batches_per_step(TrainingConfig(batch_size=10, gradient_accumulation=6), world_size=2)
+    assert micro_batches_per_step(TrainingConfig(batch_size=10, micro_batch_size=2), world_size=2) == 3
