@@ -4,8 +4,8 @@
     python benchmarks/ops.py --device cuda --csv ops.csv
     python benchmarks/ops.py --op linear_cross_entropy --op eigen_scan
 
-Times are of forward and backward together, in milliseconds. The error is max |result - gold| / max |gold| over the loss or
-output and every gradient, gold being the op's reference in float64. A peer whose error is too large gets no time.
+Times are milliseconds of forward and backward together. The error is the largest, over the output and every gradient, of
+max |result - gold| / max |gold|, gold being the op's reference in float64. A wrong result gets no time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,194 +32,137 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
 
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-SECONDS_PER_OP = 12
+SECONDS_PER_OP = 10
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
 
 @dataclass
-class Peer:
-    """`run` returns what is compared with gold; None for a ceiling, which computes no result, and for a missing peer."""
-
-    name: str
-    run: Callable[[], tuple[Tensor, ...] | None]
-    missing: str = ""
-    times: list[float] = field(default_factory=list)
-    error: float | None = None
-
-
-@dataclass
 class Case:
-    op: str
+    """`gold` and `peers` map the inputs to one output, which the harness differentiates; `unchecked` run as they are."""
+
     shape: str
-    dtype: torch.dtype
-    gold: tuple[Tensor, ...]
-    peers: list[Peer]
-
-
-def gradients(output: Tensor, inputs: list[Tensor], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-    return output.detach(), *torch.autograd.grad(output, inputs, upstream)
-
-
-def doubled(*tensors: Tensor) -> list[Tensor]:
-    return [t.detach().double().requires_grad_() for t in tensors]
+    inputs: list[Tensor]
+    gold: Callable[..., Tensor]
+    peers: dict[str, Callable[..., Tensor]]
+    unchecked: dict[str, Callable[[], object]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # peer: why
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
 
 
 def linear_cross_entropy(device: str) -> Case:
-    rows, d_model, classes = (4096, 1024, 50304) if device == "cuda" else (1024, 512, 16384)
+    N, D, V = (4096, 1024, 50304) if device == "cuda" else (1024, 512, 16384)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    weight = (torch.randn(classes, d_model, device=device) * d_model**-0.5).to(dtype).requires_grad_()
-    target = torch.randint(classes, (rows,), device=device)
-    noise = torch.randn(rows, d_model, device=device).to(dtype)
-    hidden = (4 * weight.detach()[target] + noise).requires_grad_()  # a softmax with a peak, as in training
-    inputs = [hidden, weight]
+    weight = (torch.randn(V, D, device=device) * D**-0.5).to(dtype)
+    target = torch.randint(V, (N,), device=device)
+    hidden = 4 * weight[target] + torch.randn(N, D, device=device).to(dtype)  # a softmax with a peak, as in training
 
-    def ceiling() -> None:
-        with torch.no_grad():
-            logits = hidden @ weight.T
-            logits @ weight
-            logits.T @ hidden
+    def matmuls() -> None:
+        logits = hidden @ weight.T
+        logits @ weight
+        logits.T @ hidden
 
-    def chunked() -> tuple[Tensor, ...]:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return gradients(F.linear_cross_entropy(hidden, weight, target, options=options), inputs)
-
-    gold_inputs = doubled(*inputs)
-    return Case(
-        "linear_cross_entropy",
-        f"N {rows}, D {d_model}, V {classes}",
-        dtype,
-        gradients(kernels.linear_cross_entropy_reference(*gold_inputs, target).loss, gold_inputs),
-        [
-            Peer("full logits", lambda: gradients(F.cross_entropy(F.linear(hidden, weight).float(), target), inputs)),
-            Peer(
-                "F.linear_cross_entropy",
-                chunked,
-                missing="" if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none",
-            ),
-            Peer("tenfold", lambda: gradients(kernels.linear_cross_entropy(hidden, weight, target).loss, inputs)),
-            Peer("ceiling: the three matmuls alone", ceiling),
-        ],
+    case = Case(
+        f"N {N}, D {D}, V {V}",
+        [hidden, weight],
+        lambda h, w: kernels.linear_cross_entropy_reference(h, w, target).loss,
+        {
+            "full logits": lambda h, w: F.cross_entropy(F.linear(h, w).float(), target),
+            "tenfold": lambda h, w: kernels.linear_cross_entropy(h, w, target).loss,
+        },
+        unchecked={"ceiling: the three matmuls alone": matmuls},
     )
+    if hasattr(F, "linear_cross_entropy"):
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        case.peers["F.linear_cross_entropy"] = lambda h, w: F.linear_cross_entropy(h, w, target, options=chunked)
+    else:
+        case.missing["F.linear_cross_entropy"] = f"torch {torch.__version__} does not have it"
+    return case
 
 
 def masked_cross_entropy(device: str) -> Case:
-    rows, classes = (49152, 900) if device == "cuda" else (8192, 900)
-    logits = torch.randn(rows, classes, device=device, requires_grad=True)
-    target = torch.randint(classes, (rows,), device=device)
-    valid = (torch.rand(rows, classes, device=device) < 0.5).scatter(1, target.unsqueeze(1), True)
+    N, C = (49152, 900) if device == "cuda" else (8192, 900)
+    logits = torch.randn(N, C, device=device)
+    target = torch.randint(C, (N,), device=device)
+    valid = (torch.rand(N, C, device=device) < 0.5).scatter(1, target.unsqueeze(1), True)
 
-    def recipe(label_smoothing: float) -> tuple[Tensor, ...]:
-        loss = F.cross_entropy(logits.masked_fill(~valid, -1e4), target, label_smoothing=label_smoothing)
-        return gradients(loss, [logits])
+    def recipe(x: Tensor, label_smoothing: float) -> Tensor:
+        return F.cross_entropy(x.masked_fill(~valid, -1e4), target, label_smoothing=label_smoothing)
 
-    def ours() -> tuple[Tensor, ...]:
-        return gradients(kernels.masked_cross_entropy(logits, valid, target, label_smoothing=0.1), [logits])
-
-    gold_logits = doubled(logits)
-    gold = kernels.masked_cross_entropy_reference(*gold_logits, valid, target, label_smoothing=0.1)
+    leaf = logits.clone().requires_grad_()
     return Case(
-        "masked_cross_entropy",
-        f"N {rows}, C {classes}, label smoothing 0.1",
-        torch.float32,
-        gradients(gold, gold_logits),
-        [
-            Peer("masked_fill(-1e4), F.cross_entropy", lambda: recipe(0.1)),
-            Peer("the same without smoothing, speed only", lambda: recipe(0.0) and None),
-            Peer("tenfold", ours),
-        ],
+        f"N {N}, C {C}, label smoothing 0.1",
+        [logits],
+        lambda x: kernels.masked_cross_entropy_reference(x, valid, target, label_smoothing=0.1),
+        {
+            "masked_fill(-1e4)": lambda x: recipe(x, 0.1),
+            "tenfold": lambda x: kernels.masked_cross_entropy(x, valid, target, label_smoothing=0.1),
+        },
+        unchecked={"masked_fill(-1e4), no smoothing": lambda: torch.autograd.grad(recipe(leaf, 0.0), leaf)},
     )
 
 
 def neighbor_cross_entropy(device: str) -> Case:
-    rows, d_model, classes = (262144, 256, 900) if device == "cuda" else (8192, 256, 900)
-    hidden = torch.randn(rows, d_model, device=device, requires_grad=True)
-    weight = (torch.randn(classes, d_model, device=device) * d_model**-0.5).requires_grad_()
-    bias = torch.zeros(classes, device=device, requires_grad=True)
-    candidates = torch.rand(rows, classes, device=device).topk(4, dim=1).indices
-    slot = torch.randint(4, (rows, 1), device=device)
+    R, D, V, J = (65536, 256, 900, 4) if device == "cuda" else (8192, 256, 900, 4)
+    candidates = torch.rand(R, V, device=device).topk(J, dim=1).indices
+    slot = torch.randint(J, (R, 1), device=device)
     target = torch.zeros_like(candidates, dtype=torch.bool).scatter(1, slot, True)
-    label, inputs = candidates.gather(1, slot).squeeze(1), [hidden, weight, bias]
-    valid = torch.zeros(rows, classes, dtype=torch.bool, device=device).scatter(1, candidates, True)
-
-    def full_logits() -> tuple[Tensor, ...]:
-        logits = F.linear(hidden, weight, bias).masked_fill(~valid, -1e4)
-        return gradients(F.cross_entropy(logits, label), inputs)
-
-    gold_inputs = doubled(*inputs)
+    label = candidates.gather(1, slot).squeeze(1)
+    valid = torch.zeros(R, V, dtype=torch.bool, device=device).scatter(1, candidates, True)
     return Case(
-        "neighbor_cross_entropy",
-        f"R {rows}, D {d_model}, V {classes}, J 4",
-        torch.float32,
-        gradients(kernels.neighbor_cross_entropy_reference(*gold_inputs, candidates, target).loss, gold_inputs),
-        [
-            Peer("full logits, masked_fill(-1e4)", full_logits),
-            Peer(
-                "tenfold", lambda: gradients(kernels.neighbor_cross_entropy(*inputs, candidates, target).loss, inputs)
-            ),
-        ],
+        f"R {R}, D {D}, V {V}, J {J}",
+        [torch.randn(R, D, device=device), torch.randn(V, D, device=device) * D**-0.5, torch.zeros(V, device=device)],
+        lambda h, w, b: kernels.neighbor_cross_entropy_reference(h, w, b, candidates, target).loss,
+        {
+            "full logits": lambda h, w, b: F.cross_entropy(F.linear(h, w, b).masked_fill(~valid, -1e4), label),
+            "tenfold": lambda h, w, b: kernels.neighbor_cross_entropy(h, w, b, candidates, target).loss,
+        },
     )
 
 
 def eigen_scan(device: str) -> Case:
-    batch, length, states = (16, 4096, 1024) if device == "cuda" else (4, 512, 64)
-    beta = torch.randn(batch, length, 2 * states, device=device, requires_grad=True)
-    log_rho = (-torch.rand(states, device=device) * 0.2 - 1e-3).requires_grad_()
-    omega = (torch.rand(states, device=device) * math.pi).requires_grad_()
-    inputs, upstream = [beta, log_rho, omega], torch.randn(batch, length, 2 * states, device=device)
+    B, T, K = (8, 2048, 1024) if device == "cuda" else (4, 512, 64)
 
-    def fft() -> tuple[Tensor, ...]:
-        position = torch.arange(length, device=device).unsqueeze(1)
-        powers = torch.exp(position * torch.complex(log_rho, omega))
-        signal = torch.complex(*beta.chunk(2, dim=-1))
-        product = torch.fft.fft(signal, 2 * length, dim=1) * torch.fft.fft(powers, 2 * length, dim=0)
-        state = torch.fft.ifft(product, dim=1)[:, :length]
-        return gradients(torch.cat([state.real, state.imag], dim=-1), inputs, upstream)
+    def fft(beta: Tensor, log_rho: Tensor, omega: Tensor) -> Tensor:
+        powers = torch.exp(torch.arange(T, device=device).unsqueeze(1) * torch.complex(log_rho, omega))
+        signal = torch.complex(*(half.contiguous() for half in beta.chunk(2, dim=-1)))
+        product = torch.fft.fft(signal, 2 * T, dim=1) * torch.fft.fft(powers, 2 * T, dim=0)
+        state = torch.fft.ifft(product, dim=1)[:, :T]
+        return torch.cat([state.real, state.imag], dim=-1)
 
-    gold_inputs = doubled(*inputs)
+    log_rho, omega = -0.2 * torch.rand(K, device=device) - 1e-3, math.pi * torch.rand(K, device=device)
     return Case(
-        "eigen_scan",
-        f"B {batch}, T {length}, K {states}",
-        torch.float32,
-        gradients(kernels.eigen_scan_reference(*gold_inputs).states, gold_inputs, upstream.double()),
-        [
-            Peer("FFT", fft),
-            Peer(
-                "loop over positions", lambda: gradients(kernels.eigen_scan_reference(*inputs).states, inputs, upstream)
-            ),
-            Peer("tenfold", lambda: gradients(kernels.eigen_scan(*inputs).states, inputs, upstream)),
-        ],
+        f"B {B}, T {T}, K {K}",
+        [torch.randn(B, T, 2 * K, device=device), log_rho, omega],
+        lambda *x: kernels.eigen_scan_reference(*x).states,
+        {
+            "FFT": fft,
+            "loop over positions": lambda *x: kernels.eigen_scan_reference(*x).states,
+            "tenfold": lambda *x: kernels.eigen_scan(*x).states,
+        },
     )
 
 
 def multiscale_pool(device: str) -> Case:
-    batch, length, d_model = (16, 4096, 1024) if device == "cuda" else (8, 512, 256)
+    B, T, D = (8, 2048, 1024) if device == "cuda" else (8, 512, 256)
     scales = (1, 2, 4, 8)
-    x = torch.randn(batch, length, d_model, device=device, requires_grad=True)
-    weights = torch.rand(len(scales), device=device, requires_grad=True)
-    inputs, upstream = [x, weights], torch.randn(batch, length, d_model, device=device)
 
-    def interpolate() -> tuple[Tensor, ...]:
+    def interpolate(x: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
         for scale, weight in zip(scales, weights, strict=True):
-            blocks = F.avg_pool1d(x.transpose(1, 2), scale)
-            held = F.interpolate(blocks, scale_factor=scale, mode="nearest")
-            y = y + weight * F.pad(held, (scale - 1, 0))[..., :length].transpose(1, 2)  # shown once it is complete
-        return gradients(y, inputs, upstream)
+            held = F.interpolate(F.avg_pool1d(x.transpose(1, 2), scale), scale_factor=scale)
+            y = y + weight * F.pad(held, (scale - 1, 0))[..., :T].transpose(1, 2)  # a block shows once it is complete
+        return y
 
-    def ours() -> tuple[Tensor, ...]:
-        return gradients(kernels.multiscale_pool(x, scales, weights=weights, mode="hold"), inputs, upstream)
-
-    gold_inputs = doubled(*inputs)
-    gold = kernels.multiscale_pool_reference(gold_inputs[0], scales, weights=gold_inputs[1], mode="hold")
     return Case(
-        "multiscale_pool",
-        f"B {batch}, T {length}, D {d_model}, scales {scales}, hold",
-        torch.float32,
-        gradients(gold, gold_inputs, upstream.double()),
-        [Peer("pool, interpolate, shift", interpolate), Peer("tenfold", ours)],
+        f"B {B}, T {T}, D {D}, scales {scales}, hold",
+        [torch.randn(B, T, D, device=device), torch.rand(len(scales), device=device)],
+        lambda x, w: kernels.multiscale_pool_reference(x, scales, weights=w, mode="hold"),
+        {
+            "pool, interpolate, shift": interpolate,
+            "tenfold": lambda x, w: kernels.multiscale_pool(x, scales, weights=w, mode="hold"),
+        },
     )
 
 
@@ -232,63 +175,65 @@ CASES = {
 # -------------------------------------------------------------------------------------------------------- measurement
 
 
-def max_error(result: tuple[Tensor, ...], gold: tuple[Tensor, ...]) -> float:
-    errors = [(r - g).abs().max() / g.abs().max() for r, g in zip(result, gold, strict=True)]
-    return torch.stack(errors).max().item()
+def differentiate(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor | None) -> list[Tensor]:
+    """The output and the gradients of all inputs, given the gradient of the output (None: of a 0-d loss, 1)."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 
 
-def measure(case: Case, device: str) -> None:
-    """Fill in error and times. The first run of each peer, the one that is checked, is its warm-up too."""
+def measure(case: Case, device: str) -> list[dict[str, str]]:
+    """A row for each peer. Its first run, the one whose result is checked, is its warm-up too."""
+    with torch.no_grad():
+        output = case.gold(*case.inputs)
+    upstream = torch.randn_like(output) if output.dim() else None
+    gold = differentiate(case.gold, [x.double() for x in case.inputs], None if upstream is None else upstream.double())
+    errors, running = {}, dict(case.unchecked)
+    for name, peer in case.peers.items():
+        results = differentiate(peer, case.inputs, upstream)
+        errors[name] = max(((r - g).abs().max() / g.abs().max()).item() for r, g in zip(results, gold, strict=True))
+        if errors[name] <= MAX_ERROR[case.inputs[0].dtype]:
+            running[name] = lambda peer=peer: differentiate(peer, case.inputs, upstream)
+
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    running = [peer for peer in case.peers if not peer.missing]
-    for peer in running:
-        result = peer.run()
-        if result is not None:
-            peer.error = max_error(result, case.gold)
-    running = [peer for peer in running if peer.error is None or peer.error <= MAX_ERROR[case.dtype]]
+    times: dict[str, list[float]] = {name: [] for name in running}
     start = time.perf_counter()
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - start > SECONDS_PER_OP:
             break
-        for peer in running:
+        for name, run in running.items():
             synchronize()
             begin = time.perf_counter()
-            peer.run()
+            run()
             synchronize()
-            peer.times.append(1e3 * (time.perf_counter() - begin))
+            times[name].append(1e3 * (time.perf_counter() - begin))
 
-
-def rows(case: Case) -> Iterator[dict[str, str]]:
-    for peer in case.peers:
-        row = {"op": case.op, "peer": peer.name, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
-        row |= dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), "-")
-        row["error"] = "-" if peer.error is None else f"{peer.error:.1e}"
-        row["runs"], row["note"] = str(len(peer.times)), peer.missing and f"n/a: {peer.missing}"
-        if peer.times:
-            fifths = statistics.quantiles(peer.times, n=5, method="inclusive")
-            times = statistics.median(peer.times), fifths[0], fifths[3]
-            row |= {key: f"{value:.2f}" for key, value in zip(("median_ms", "p20_ms", "p80_ms"), times, strict=True)}
-        elif not peer.missing:
-            row["note"] = "wrong result, not timed"
-        yield row
+    table = []
+    for name in (*case.peers, *case.unchecked, *case.missing):
+        row = {"peer": name, "median_ms": "-", "p20_ms": "-", "p80_ms": "-", "error": "-", "runs": "0", "note": ""}
+        if name in errors:
+            row["error"] = f"{errors[name]:.1e}"
+        if name in running:
+            fifths = statistics.quantiles(times[name], n=5, method="inclusive")
+            values = {"median_ms": statistics.median(times[name]), "p20_ms": fifths[0], "p80_ms": fifths[3]}
+            row |= {key: f"{value:.2f}" for key, value in values.items()} | {"runs": str(len(times[name]))}
+        else:
+            row["note"] = f"n/a: {case.missing[name]}" if name in case.missing else "wrong result, not timed"
+        table.append(row)
+    return table
 
 
 def machine(device: str) -> dict[str, str]:
-    name = platform.processor() or platform.machine()
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if device == "cuda":
         name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        name = models[0] if models else name
+    elif cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "machine": name,
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-        "commit": commit or "unknown",
-        "command": shlex.join(["python", *sys.argv]),
-    }
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    command, threads = shlex.join(["python", *sys.argv]), str(torch.get_num_threads())
+    return {"machine": name, "torch": torch.__version__, "threads": threads, "commit": commit, "command": command}
 
 
 def main() -> None:
@@ -304,8 +249,9 @@ def main() -> None:
     for op in arguments.op or CASES:
         torch.manual_seed(0)
         case = CASES[op](arguments.device)
-        measure(case, arguments.device)
-        for row in rows(case):
+        about = {"op": op, "shape": case.shape, "dtype": str(case.inputs[0].dtype).removeprefix("torch.")}
+        for row in measure(case, arguments.device):
+            row = about | row
             if not table:
                 print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
             print("| " + " | ".join(row.values()) + " |", flush=True)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import backend
@@ -66,7 +67,7 @@ def _forward(
     for rows in _row_chunks(candidates, hidden.shape[1]):
         index = _lookup(candidates[rows])
         # Products and sums rather than a matmul: autocast would round those to bf16.
-        scores[rows] = weight[index].to(wide).mul_(hidden[rows].to(wide).unsqueeze(1)).sum(-1)
+        scores[rows] = F.embedding(index, weight).to(wide).mul_(hidden[rows].to(wide).unsqueeze(1)).sum(-1)
         if bias is not None:
             scores[rows] += bias[index]
     valid, true = candidates >= 0, _true_targets(candidates, target)
@@ -118,7 +119,7 @@ def _backward_op(
         d_z = d_z.mul_(grad[rows].unsqueeze(-1)).masked_fill_(~(valid & counted), 0)
         index = _lookup(candidates[rows])
         if wants[0]:
-            gathered = weight[index].to(wide).mul_(d_z.unsqueeze(-1))
+            gathered = F.embedding(index, weight).to(wide).mul_(d_z.unsqueeze(-1))
             d_hidden[rows] = gathered.sum(1).masked_fill_(~counted, 0)
         if wants[1]:
             h = hidden[rows].to(wide).masked_fill(~counted, 0)
@@ -188,7 +189,8 @@ def neighbor_cross_entropy(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or option.
-        IndexError: a candidate >= V (from indexing). RuntimeError: when differentiated twice.
+        IndexError: a candidate >= V (from the lookup).
+        RuntimeError: when differentiated twice.
     """
     backend("neighbor_cross_entropy")
     _check(hidden, weight, bias, candidates, target, row_weight, label_smoothing)

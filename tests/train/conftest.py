@@ -14,8 +14,9 @@ TIMES = ("items_per_second", "elapsed")
 
 
 @pytest.fixture(autouse=True)
-def _no_second_spent_on_the_ceiling(monkeypatch):
+def _no_seconds_spent_on_ceiling_and_plot(monkeypatch):
     monkeypatch.setattr("train.engine.summary.matmul_rate", lambda *args, **kwargs: 1e12)
+    monkeypatch.setattr("train.engine.summary.plot_curves", lambda *args: None)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tests.toy import ToyModel, ToyTask
 from train.engine import ConfigError
 from train.engine.guard import TrainingBroken
 from train.engine.run_folder import read_json, write_json
+from train.engine.summary import plot_curves
 
 
 def weights(trainer) -> torch.Tensor:
@@ -289,8 +290,14 @@ def test_results_and_report_say_what_happened(make_trainer):
     assert on_disk["steps"] == 12 and on_disk["stopped_by"] == "max_steps" and on_disk["final"] == results.final
     assert on_disk["parameters"] == sum(p.numel() for p in trainer.inner.parameters())
     assert on_disk["items_per_second"] > 0 and on_disk["ceiling_items_per_second"] > on_disk["items_per_second"]
-    assert (trainer.run_dir / "plots" / "loss.png").stat().st_size > 1000
     assert (trainer.run_dir / "metrics.csv").read_text().startswith("step,split,")
+
+
+def test_the_plot_shows_parts_scores_and_floors(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    plot_curves(trainer.run_dir, {"chance": 0.2}, "accuracy")
+    assert (trainer.run_dir / "plots" / "loss.png").stat().st_size > 10_000
 
 
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -58,8 +59,25 @@ class Snapshot:
     checkpoints: Checkpoints
 
     def write(self) -> float:
-        """Write and seal a checkpoint of this step; returns the seconds it took."""
+        """Write and seal a checkpoint of this step; returns the seconds it took.
+
+        Raises OSError when the disk is full or the folder not ours; earlier checkpoints are then as they were.
+        """
         started = time.perf_counter()
+        try:
+            self._write()
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            raise OSError(
+                f"the checkpoint of step {self.progress.step} could not be written to {self.checkpoints.folder} "
+                f"({error}); earlier ones are untouched: make room, and the same command with this --run_dir goes on"
+            ) from error
+        return time.perf_counter() - started
+
+    def _write(self) -> None:
         backend, progress = self.backend, self.progress
         aside = backend.broadcast(self.checkpoints.begin(progress.step) if backend.is_main else None)
         torch.save({"random": random_state(), "meter": self.meter.state_dict()}, aside / f"rank-{backend.rank}.pt")
@@ -79,7 +97,6 @@ class Snapshot:
         backend.wait()
         if backend.is_main:
             self.checkpoints.seal(aside, progress.best)
-        return time.perf_counter() - started
 
     def read(self, folder: Path) -> None:
         """Bring every object back to what it was when `folder` was written."""

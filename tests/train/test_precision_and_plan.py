@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from train.engine.plan import make_plan, measure
+from train.engine.precision import choose_precision, matmul_rate
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(3e11, "bf16"), (1.2e11, "no"), (2e10, "no")])
+def test_auto_takes_bf16_only_where_it_was_measured_to_pay(monkeypatch, bf16, chosen):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    rates = {torch.float32: 1e11, torch.bfloat16: bf16}
+    monkeypatch.setattr("train.engine.precision.matmul_rate", lambda device, dtype: rates[dtype])
+    precision, reason = choose_precision("auto", CPU)
+    assert precision == chosen and f"{bf16 / 1e9:.0f} GFLOP/s" in reason
+
+
+def test_a_flag_wins_over_the_launch_config_and_that_over_measuring(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert choose_precision("no", CPU)[0] == "no"
+    assert choose_precision("auto", CPU)[0] == "fp16"
+
+
+def test_the_rate_is_flops_over_the_best_time(monkeypatch):
+    now = iter([0.0, 0.0, 0.0, 0.5, 0.6, 0.6, 0.7, 9.0])  # deadline; (check, start, end) twice; check
+    monkeypatch.setattr("train.engine.precision.time.perf_counter", lambda: next(now))
+    assert matmul_rate(CPU, torch.float32, size=10, seconds=1.0) == pytest.approx(2 * 10**3 / 0.1)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4, bias=False)
+
+    def forward(self, x, num_items=None):
+        return {"loss": self.b(torch.relu(self.a(x))).sum()}
+
+
+def test_flops_and_kept_bytes_are_counted_without_computing():
+    cost = measure(TwoLayers(), {"x": torch.zeros(32, 8)}, None)
+    forward = 2 * 32 * (8 * 16 + 16 * 4)
+    assert cost.flops == 2 * forward + 2 * 32 * 16 * 4  # the first layer's input needs no gradient
+    assert cost.activation_bytes == 4 * 32 * 16  # relu's output, which both relu and b keep
+    assert (
+        measure(TwoLayers(), {"x": torch.zeros(32, 8)}, torch.bfloat16).activation_bytes
+        < 4 * 32 * 16 + 2 * 32 * 8 + 1024
+    )
+
+
+def test_the_plan_adds_up(make_trainer):
+    trainer = make_trainer(ema_decay=0.9, optimizer="adam", micro_batch_size=3)
+    plan = make_plan(TwoLayers(), trainer.config, {"x": torch.zeros(32, 8)}, 3, trainer.backend)
+    parameters = 8 * 16 + 16 + 16 * 4
+    assert plan.parameters == {"decay": 8 * 16 + 16 * 4, "no_decay": 16} and plan.num_parameters == parameters
+    assert plan.memory["weights"] == plan.memory["gradients"] == plan.memory["EMA"] == 4 * parameters
+    assert plan.memory["optimizer"] == 8 * parameters
+    assert plan.flops_per_step == 3 * measure(TwoLayers(), {"x": torch.zeros(32, 8)}, None).flops
+    assert plan.fits
