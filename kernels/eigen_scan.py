@@ -129,6 +129,7 @@ def _carry(ends: Tensor, products: list, keep: Tensor | None, state: Tensor, rev
 
 
 def _walk(x: list, decays: list, keeps: list, state: Tensor, outs: Iterable[Tensor]) -> Tensor:
+    """Every chunk from its entering state to its last, which is returned; the states on the way are written to outs."""
     for x_i, decay, keep, out in zip(x, decays, keeps, outs, strict=False):
         state = _multiply_add(x_i, state, decay, keep, out)
     return state
@@ -230,6 +231,7 @@ def _eigen_scan_bwd(
         entering = c[:, seg.start - 1] if seg.start else first
         entering = torch.cat([entering[:, None], seg.chunks(c)[:, :-1, -1]], 1)
         previous = [entering, *seg.steps(c)[:-1]][::-1]
+        # The gradient of a [K] decay is summed within each chunk, then over them: short sums, so fp32 is enough.
         targets = [seg.steps(s) if s.dim() == 3 else [torch.zeros_like(zero[..., 0, :])] * seg.chunk for s in sums]
         for (g, decay, kept), before, *target in zip(backwards, previous, *(t[::-1] for t in targets), strict=True):
             _multiply_add(zero, g.add_(future), decay, kept, out=future)

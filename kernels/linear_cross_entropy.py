@@ -24,8 +24,8 @@ from torch import Tensor
 from kernels.dispatch import backend
 from kernels.masked_cross_entropy import check_integer, check_label_smoothing, item_count
 
-# Two cores, fp32, N 2048, D 512, V 50304: the three matmuls take 1.28 s in chunks of 256 rows, 1.14 s in chunks of 512
-# and 1.13 s in chunks of 1024.
+# Two Xeon cores at 2.8 GHz, fp32, N 2048, D 512, V 50304: the three matmuls alone take 1.63 s in chunks of 64 rows,
+# 1.28 s of 256, 1.14 s of 512, 1.13 s of 1024; the whole op in chunks of 512, 1.29 s.
 CHUNK_BYTES = 1 << 27
 MIN_ROWS, MAX_ROWS = 64, 1024
 WIDEN_ROWS = 4096  # rows of a low-precision gradient turned into fp32 at a time

@@ -252,6 +252,14 @@ def test_autocast_runs_the_matmuls_low_and_keeps_the_weight_gradient_wide():
     assert_close(gradients, torch.autograd.grad(low, (hidden, weight)), rtol=0, atol=0)
 
 
+def test_compiles_without_a_graph_break():
+    inputs, target = problem(dtype=torch.float32)
+    count = (target >= 0).sum()
+    loss = lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, num_items=count).loss  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
+    assert_close(torch.autograd.grad(compiled, inputs), torch.autograd.grad(loss(*inputs), inputs))
+
+
 def test_opcheck():
     (hidden, weight, bias), target = problem(dtype=torch.float32)
     ops = torch.ops.tenfold

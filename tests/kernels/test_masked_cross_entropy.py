@@ -205,6 +205,17 @@ def test_autocast_takes_log_softmax_to_fp32_and_leaves_the_loss_exact():
     assert_close(inside, masked_cross_entropy(logits, valid, target), rtol=0, atol=0)
 
 
+def test_compiles_without_a_graph_break():
+    logits, valid, target = problem(6, 5, dtype=torch.float32)
+
+    def loss(x):
+        log_probs = masked_log_softmax(x, valid).masked_fill(~valid, 0)
+        return log_probs.sum() + masked_cross_entropy(x, valid, target, label_smoothing=0.1)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
+    assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(loss(logits), logits))
+
+
 def test_opcheck():
     logits, valid, target = problem(6, 5, dtype=torch.float32)
     torch.library.opcheck(torch.ops.tenfold.masked_cross_entropy.default, (logits, valid, target, 0.1, -100))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,13 +95,15 @@ class Trainer:
                 self._prepare()
                 if self.progress.step == 0:
                     self.evaluate()
-                return finish(self, stopped_by=self._loop())
-        except Exception as error:
-            if self.folder is not None:
-                self.folder.describe(state="failed", error=f"{type(error).__name__}: {error}")
+                results = finish(self, stopped_by=self._loop())
+        except BaseException as error:
+            with suppress(OSError):  # On a full disk this fails too, and the first error is what must be seen.
+                if self.folder is not None and not isinstance(error, SystemExit):
+                    self.folder.describe(state="failed", error=f"{type(error).__name__}: {error}")
+                self.close()
             raise
-        finally:
-            self.close()
+        self.close()
+        return results
 
     def _open_folder(self) -> bool:
         """Take the run folder; whether the run in it is finished. Only process 0 has it."""
