@@ -1,7 +1,6 @@
-"""Fused ops, each with a fast PyTorch fallback and a plain reference for float64; Triton comes in beneath the same names.
+"""Fused ops, each with a fast PyTorch fallback and a plain reference for float64. Imports nothing of ours.
 
-Imports nothing of ours, and defines no `__version__`: transformers takes a package called `kernels` that has one for the
-Hub's.
+Defines no `__version__`: transformers takes a package called `kernels` that has one for the Hub's.
 """
 
 from kernels.eigen_scan import ScanOutput, eigen_scan, eigen_scan_reference

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import backend
 from kernels.masked_cross_entropy import check_integer, check_label_smoothing, item_count
@@ -203,6 +204,18 @@ def _(hidden, weight, bias, target, label_smoothing, z_loss_weight, softcap, ign
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sums = (hidden.new_empty((), dtype=wide) for _ in range(3))
     return *sums, *_gradient_buffers(hidden, weight, bias, wants)
+
+
+@register_flop_formula(torch.ops.tenfold.linear_cross_entropy)
+def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
+    """Of the projection, for torch.utils.flop_counter, which does not see into an op."""
+    return 2 * hidden_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.tenfold.linear_cross_entropy_with_gradients)
+def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
+    *_, (wants_hidden, wants_weight, _) = args
+    return 2 * hidden_shape[0] * weight_shape[0] * weight_shape[1] * (1 + wants_hidden + wants_weight)
 
 
 # ------------------------------------------------------------------------------------------------------- autograd glue

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -288,3 +289,11 @@ def test_bad_input_is_a_sentence():
     ):
         with pytest.raises(error, match=message):
             linear_cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize(("wants", "matmuls"), [((False, False), 1), ((True, True), 3), ((False, True), 2)])
+def test_the_flop_counter_sees_the_matmuls_that_are_made(wants, matmuls):
+    hidden, weight = torch.randn(6, 4, requires_grad=wants[0]), torch.randn(11, 4, requires_grad=wants[1])
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, torch.arange(6))
+    assert counter.get_total_flops() == matmuls * 2 * 6 * 4 * 11
