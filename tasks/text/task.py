@@ -41,7 +41,7 @@ class TextTask:
         text_field: str | None = None,
         max_documents: int | None = None,
         eval_items: int | None = 64,
-        eval_batch_size: int = 8,
+        eval_batch_size: int = 2,
         verbose: bool = True,
     ) -> None:
         for name, value in (("seq_len", seq_len), ("eval_items", eval_items), ("eval_batch_size", eval_batch_size)):

@@ -195,24 +195,25 @@ def longest_recall(parameterization: str, goal: int, steps: int) -> int:
     """Train one layer to name the first token at the end, on longer rows whenever it can; the longest that it could."""
     torch.manual_seed(0)
     symbols, time, solved = 4, 64, 0
-    model = TEN(
-        TENConfig(symbols + 1, 32, 1, 32, 4, 64, 4 * goal, energy_reg_weight=0.0, parameterization=parameterization)
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model = TEN(TENConfig(symbols + 1, 32, 1, 32, 4, 64, max_seq_len=4 * goal, parameterization=parameterization))
+    # A step of δ in ω turns the far end of a row by T δ, so the eigenvalues have to learn more slowly.
+    slow = [p for name, p in model.named_parameters() if name in model.fp32_parameters()]
+    fast = [p for name, p in model.named_parameters() if name not in model.fp32_parameters()]
+    optimizer = torch.optim.Adam([{"params": fast}, {"params": slow, "lr": 3e-4}], lr=3e-3)
     for _ in range(steps):
         ids = torch.full((symbols, time), symbols)
         ids[:, 0] = torch.arange(symbols)
         labels = torch.full_like(ids, -100)
         labels[:, -1] = ids[:, 0]
-        loss = model(ids, labels=labels)["loss"]
-        if loss < 0.05:
+        out = model(ids, labels=labels)
+        if out["ce_loss"] < 0.05:
             solved = time
             if solved == goal:
                 break
             time = min(goal, time * 3 // 2)
             continue
         optimizer.zero_grad()
-        loss.backward()
+        out["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return solved
@@ -220,8 +221,8 @@ def longest_recall(parameterization: str, goal: int, steps: int) -> int:
 
 @pytest.mark.slow
 def test_the_first_of_4096_tokens_can_be_recalled():
-    assert longest_recall("exponential", goal=4096, steps=500) == 4096
-    assert longest_recall("sigmoid", goal=4096, steps=500) < 100
+    assert longest_recall("exponential", goal=4096, steps=600) == 4096
+    assert longest_recall("sigmoid", goal=4096, steps=600) < 100
 
 
 # --- generation ---

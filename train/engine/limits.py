@@ -14,8 +14,8 @@ from train.engine.config import TrainingConfig
 ROWS, EVALUATIONS = 100, 10
 # With a clock, evaluations and checkpoints in mid-run may take this share of the time,
 EVALUATION_SHARE = 0.15
-# and steps are planned this much slower than they were measured: it is better to end a little early than half way down.
-SLACK = 1.05
+# and what lies ahead is planned this much slower than it was measured: better to end a little early than half way down.
+SLACK = 1.1
 # Report, plot, sample and the interpreter's own end, in seconds.
 LAST_WORDS = 4.0
 
@@ -68,6 +68,7 @@ class Limits:
 
         pause_seconds: one evaluation and one checkpoint.
         """
+        pause_seconds *= SLACK
         left = self.deadline - time.time() - pause_seconds - LAST_WORDS
         pauses = max(0, min(EVALUATIONS - 1, int(EVALUATION_SHARE * left / max(pause_seconds, 1e-3))))
         if self.config.eval_every is None:
@@ -81,7 +82,7 @@ class Limits:
 
     def out_of_time(self, step_seconds: float, pause_seconds: float) -> bool:
         """Whether one more step and the end of the run would not fit before the deadline."""
-        return time.time() + step_seconds + pause_seconds + LAST_WORDS > self.deadline
+        return time.time() + SLACK * (step_seconds + pause_seconds) + LAST_WORDS > self.deadline
 
     def reason(self, step: int, late: bool) -> str:
         """What ended a run that stopped at `step`, by the name of its flag."""

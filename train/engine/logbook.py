@@ -17,10 +17,10 @@ from train.engine.snapshot import Progress
 class Logbook:
     """Process 0 writes; the others only take part in the sums."""
 
-    def __init__(self, config: TrainingConfig, backend: Backend) -> None:
+    def __init__(self, config: TrainingConfig, backend: Backend, item_name: str) -> None:
         self.config, self.backend = config, backend
         self.meter = Meter(backend.device)
-        self.bar = Bar(shown=backend.is_main)
+        self.bar = Bar(shown=backend.is_main, item_name=item_name)
         self.trackers: list[Any] = []
         self._jsonl: JsonlFile | None = None
         self._opened = self._since = time.perf_counter()

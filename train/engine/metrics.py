@@ -195,8 +195,8 @@ class Bar:
 
     LEAST_SECONDS_BETWEEN_LINES = 1.0
 
-    def __init__(self, shown: bool) -> None:
-        self.shown, self._last_line = shown, 0.0
+    def __init__(self, shown: bool, item_name: str) -> None:
+        self.shown, self.item_name, self._last_line = shown, item_name, 0.0
         self._bar = tqdm(unit="step", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
 
     def say(self, text: str) -> None:
@@ -212,7 +212,7 @@ class Bar:
             self._bar.update(row["step"] - self._bar.n)
         elif time.monotonic() - self._last_line >= self.LEAST_SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.say(f"step {row['step']}/{total or '?'}  {text}  {row['items_per_second']:,.0f} items/s")
+            self.say(f"step {row['step']}/{total or '?'}  {text}  {row['items_per_second']:,.0f} {self.item_name}/s")
 
     def close(self) -> None:
         if self._bar is not None:

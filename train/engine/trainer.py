@@ -72,7 +72,7 @@ class Trainer:
         batch = task.collate([task.train[int(i)] for i in self.order.items(0)[:largest]])
         self.plan = make_plan(model, config, batch, self.per_step, self.backend)
         self.progress = Progress()
-        self.book = Logbook(config, self.backend)
+        self.book = Logbook(config, self.backend, task.item_name)
         self.clock = Stopwatch(self.backend.device)
         self.guard = Guard(self.backend.device)
         self.signals = Signals()
