@@ -36,9 +36,8 @@ def sample_token(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits, tokens = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)  # [B, V]
-    if top_k is not None:
-        logits[:, top_k:] = float("-inf")
+    kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    logits, tokens = (logits.float() / temperature).topk(kept)  # [B, kept], most likely first
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
         mass_before = probabilities.cumsum(dim=-1) - probabilities
