@@ -32,7 +32,7 @@ class Recipe:
 
 
 RECIPES = {
-    "nano": Recipe(batch_size=4, lr=1e-3),
+    "nano": Recipe(batch_size=4, lr=2e-3),
 }
 TINY = TENConfig(vocab_size=257, d_model=32, num_layers=2, num_eigenstates=16, num_heads=2, d_ff=64, max_seq_len=32)
 

@@ -214,6 +214,14 @@ def test_checkpointing_changes_nothing(tiny_ten, tokens, energy_mode):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_compiles_without_a_graph_break(tiny_ten, tokens):
+    model, ids, labels = tiny_ten(), tokens(2, 20), tokens(2, 20, seed=1)
+    arguments = {"labels": labels, "num_items": torch.tensor(40), "reset": ids == 0, "return_state": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(ids, **arguments)
+    assert torch.equal(compiled["loss"], model(ids, **arguments)["loss"])
+
+
 # --- precision ---
 
 

@@ -77,7 +77,7 @@ def test_a_cut_run_goes_on_from_the_command_line(run_command, tmp_path):
     status, output = run_command(f"{TINY} --max_steps 6 --save_every 2")
     assert status == 0 and "resumed     after step 6 of 6" in output
     status, output = run_command(f"{TINY} --max_steps 6 --save_every 2 --lr 1")
-    assert status == 2 and "begun with other settings (lr: 0.001 -> 1.0)" in output
+    assert status == 2 and "begun with other settings (lr: 0.002 -> 1.0)" in output
 
 
 @pytest.mark.slow
