@@ -259,8 +259,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_states, grad_final_state, grad_energy):
     grad_energy = grad_energy if ctx.with_energy else None
-    grads = _eigen_scan_bwd(grad_states, grad_final_state, grad_energy, *ctx.saved_tensors)
-    has_initial_state = ctx.saved_tensors[3] is not None
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
+    grads = _eigen_scan_bwd(grad_states, grad_final_state, grad_energy, *saved)
+    has_initial_state = saved[3] is not None
     return *grads[:3], grads[3] if has_initial_state else None, None, None, None
 
 

@@ -140,7 +140,12 @@ def plot_curves(run_dir: Path, floors: dict[str, float], monitor: str) -> None:
     train = [r for r in rows if r["split"] == "train"]
     val = [r for r in rows if r["split"] == "val"]
     parts = [n for n in (train[0] if train else {}) if n == "loss" or n.endswith("_loss")]
-    figure, axes = plt.subplots(1, len(parts) + 2, figsize=(4.2 * (len(parts) + 2), 3.4), layout="constrained")
+    rows_of_axes = -(-(len(parts) + 2) // 3)
+    figure, grid = plt.subplots(rows_of_axes, 3, figsize=(12, 3.4 * rows_of_axes), layout="constrained")
+    axes = list(grid.flat)
+    for unused in axes[len(parts) + 2 :]:
+        unused.set_visible(False)
+    axes = axes[: len(parts) + 2]
     for axis, name in zip(axes, [*parts, "lr"], strict=False):
         axis.plot([r["step"] for r in train], [r[name] for r in train], linewidth=1.2)
         axis.set(title=name, xlabel="optimizer step")
