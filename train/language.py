@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 
 from models.ten import PRESETS, TEN, TENConfig
 from tasks.text import TextTask
 from train.engine import ConfigError, Results, Trainer, TrainingConfig, parse
+from train.engine.backend import process_state
 from train.engine.run_folder import write_json
 from train.engine.script import sentences
 from train.sample import SETTINGS_FILE, SampleSettings, sample_text
@@ -88,7 +88,7 @@ class LanguageConfig(TrainingConfig):
 
 def make_task(config: LanguageConfig) -> TextTask:
     """The text, tokenized by one process of each machine; the others read its cache."""
-    state = PartialState(cpu=config.cpu)
+    state = process_state(config)
     with state.local_main_process_first():
         if config.tiny and not config.data:
             return TextTask.tiny(seq_len=config.seq_len)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from train.engine import ConfigError
 from train.engine.plan import make_plan, measure
 from train.engine.precision import choose_precision, matmul_rate
 
@@ -22,7 +24,9 @@ def test_auto_takes_bf16_only_where_it_was_measured_to_pay(monkeypatch, bf16, ch
 def test_a_flag_wins_over_the_launch_config_and_that_over_measuring(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert choose_precision("no", CPU)[0] == "no"
-    assert choose_precision("auto", CPU)[0] == "fp16"
+    assert choose_precision("auto", torch.device("mps"))[0] == "fp16"
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        choose_precision("auto", CPU)
 
 
 def test_the_rate_is_flops_over_the_best_time(monkeypatch):
@@ -49,6 +53,25 @@ def test_flops_and_kept_bytes_are_counted_without_computing():
         measure(TwoLayers(), {"x": torch.zeros(32, 8)}, torch.bfloat16).activation_bytes
         < 4 * 32 * 16 + 2 * 32 * 8 + 1024
     )
+
+
+class Recomputed(TwoLayers):
+    def forward(self, x, num_items=None):
+        return {"loss": checkpoint(lambda x: self.b(torch.relu(self.a(x))), x, use_reentrant=False).sum()}
+
+
+def test_recomputing_trades_kept_bytes_for_flops():
+    plain, saving = (measure(model(), {"x": torch.zeros(32, 8)}, None) for model in (TwoLayers, Recomputed))
+    assert saving.activation_bytes == 0 and saving.flops == plain.flops + 2 * 32 * (8 * 16 + 16 * 4)
+
+
+def test_training_and_evaluation_run_in_the_precision_they_say(make_trainer):
+    trainer = make_trainer(mixed_precision="bf16", max_steps=2)
+    seen = set()
+    trainer.inner.head.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
+    trainer.train()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert {p.dtype for p in trainer.inner.parameters()} == {torch.float32}
 
 
 def test_the_plan_adds_up(make_trainer):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from train.engine.config import ConfigError, TrainingConfig
@@ -22,6 +23,24 @@ DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 FOREIGN = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
 
 
+def process_state(config: TrainingConfig) -> PartialState:
+    """Who we are among the processes of this launch. Raises ConfigError where the launch is not what it seems."""
+    for variable, name in FOREIGN.items():
+        if parse_flag_from_env(variable):
+            raise ConfigError(
+                f"this version trains in one process or with DDP, not under {name}; "
+                "launch with accelerate_configs/single_gpu.yaml or multi_gpu.yaml"
+            )
+    state = PartialState(cpu=config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise ConfigError(
+            f"the launcher started {launched} processes, but without GPUs they do not find each other; "
+            "set ACCELERATE_USE_CPU=1 to train with them on the CPU"
+        )
+    return state
+
+
 class Backend:
     """Process group, device, precision, and how a gradient is made and applied.
 
@@ -30,21 +49,15 @@ class Backend:
     """
 
     def __init__(self, config: TrainingConfig) -> None:
-        for variable, name in FOREIGN.items():
-            if os.environ.get(variable, "false") == "true":
-                raise ConfigError(
-                    f"this version trains in one process or with DDP, not under {name}; "
-                    "launch with accelerate_configs/single_gpu.yaml or multi_gpu.yaml"
-                )
-        probe = PartialState(cpu=config.cpu)
-        self.device: torch.device = probe.device
-        self.rank, self.world_size, self.is_main = probe.process_index, probe.num_processes, probe.is_main_process
+        state = process_state(config)
+        self.device: torch.device = state.device
+        self.rank, self.world_size, self.is_main = state.process_index, state.num_processes, state.is_main_process
         if self.device.type == "cpu":
             use_all_cores()
         chosen = choose_precision(config.mixed_precision, self.device) if self.is_main else None
         self.precision, self.precision_reason = self.broadcast(chosen)
         AcceleratorState._reset_state()  # Scripts that train several models may do so in several precisions.
-        self.accelerator = Accelerator(cpu=config.cpu, mixed_precision=self.precision)
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
         self.is_ddp = self.accelerator.distributed_type in DDP
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -78,7 +91,7 @@ class Backend:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Around each forward: the run's precision."""
-        return self.accelerator.autocast()
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss * self.world_size)

@@ -210,7 +210,7 @@ class Bar:
             self._bar.total = total
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(row["step"] - self._bar.n)
-        elif time.monotonic() - self._last_line >= self.LEAST_SECONDS_BETWEEN_LINES:
+        elif row["step"] == total or time.monotonic() - self._last_line >= self.LEAST_SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.say(f"step {row['step']}/{total or '?'}  {text}  {row['items_per_second']:,.0f} {self.item_name}/s")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,19 @@ class Cost:
     activation_bytes: int
 
 
+class _OneStep(nn.Module):
+    """Forward and backward as one call, so that activation checkpointing finds swapped parameters in backward too."""
+
+    def __init__(self, model: nn.Module, context: AbstractContextManager) -> None:
+        super().__init__()
+        self.model, self.context = model, context
+
+    def forward(self, batch: dict[str, Any]) -> None:
+        with self.context:
+            loss = self.model(**batch)["loss"]
+        loss.backward()
+
+
 def measure(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None) -> Cost:
     """Run forward and backward on tensors without data, counting matmul FLOPs and what is kept for backward.
 
@@ -44,16 +58,16 @@ def measure(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None) 
         kept[storage._cdata] = storage
         return tensor
 
+    context = ExitStack()
+    step = _OneStep(model, context)
     fake = FakeTensorMode()
-    state = {n: fake.from_tensor(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    state = {n: fake.from_tensor(t) for n, t in [*step.named_parameters(), *step.named_buffers()]}
     inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
     ours = {t.untyped_storage()._cdata for t in [*state.values(), *inputs.values()] if isinstance(t, Tensor)}
-    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
     with fake, FlopCounterMode(display=False) as counter:
-        with autocast, hooks:
-            loss = functional_call(model, state, kwargs=inputs)["loss"]
-        loss.backward()
+        context.enter_context(torch.autocast("cpu", dtype, enabled=dtype is not None))
+        context.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t))
+        functional_call(step, state, (inputs,))
     activations = sum(storage.nbytes() for key, storage in kept.items() if key not in ours)
     return Cost(counter.get_total_flops(), activations)
 

@@ -8,6 +8,8 @@ import time
 import psutil
 import torch
 
+from train.engine.config import ConfigError
+
 # bf16 must win by this much in matmuls to pay for its casts.
 WORTHWHILE = 1.5
 
@@ -38,16 +40,23 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def _possible(precision: str, device: torch.device) -> str:
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 needs a GPU and its loss scaler; on a CPU take --mixed_precision bf16, no or auto")
+    return precision
+
+
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """(no | bf16 | fp16, the reason in words).
 
     Asked for by flag wins; then a launch config that names bf16 or fp16; then what is measured or known of the device.
+    Raises ConfigError for fp16 on a CPU.
     """
     if asked != "auto":
-        return asked, "asked for by --mixed_precision"
+        return _possible(asked, device), "asked for by --mixed_precision"
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched in ("bf16", "fp16"):
-        return launched, "asked for by the launch config"
+        return _possible(launched, device), "asked for by the launch config"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
