@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,13 @@ class Cost:
 class _OneStep(nn.Module):
     """Forward and backward as one call, so that activation checkpointing finds swapped parameters in backward too."""
 
-    def __init__(self, model: nn.Module, context: AbstractContextManager) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, keep: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.context = model, context
+        self.model, self.dtype, self.keep = model, dtype, keep
 
     def forward(self, batch: dict[str, Any]) -> None:
-        with self.context:
+        autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype is not None)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t):
             loss = self.model(**batch)["loss"]
         loss.backward()
 
@@ -58,15 +59,12 @@ def measure(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None) 
         kept[storage._cdata] = storage
         return tensor
 
-    context = ExitStack()
-    step = _OneStep(model, context)
+    step = _OneStep(model, dtype, keep)
     fake = FakeTensorMode()
     state = {n: fake.from_tensor(t) for n, t in [*step.named_parameters(), *step.named_buffers()]}
     inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
     ours = {t.untyped_storage()._cdata for t in [*state.values(), *inputs.values()] if isinstance(t, Tensor)}
     with fake, FlopCounterMode(display=False) as counter:
-        context.enter_context(torch.autocast("cpu", dtype, enabled=dtype is not None))
-        context.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t))
         functional_call(step, state, (inputs,))
     activations = sum(storage.nbytes() for key, storage in kept.items() if key not in ours)
     return Cost(counter.get_total_flops(), activations)
@@ -119,8 +117,13 @@ class Plan:
 def make_plan(
     model: nn.Module, config: TrainingConfig, batch: dict[str, Any], micro_batches: int, backend: Backend
 ) -> Plan:
-    """batch: one micro-batch. Activations are what autograd keeps; short-lived tensors within an op are not counted."""
+    """batch: one micro-batch. FLOPs leave recomputation out, as MFU does; activations are what autograd keeps."""
     cost = measure(model, batch, backend.autocast_dtype)
+    flops = cost.flops
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing = False
+        flops = measure(model, batch, backend.autocast_dtype).flops
+        model.gradient_checkpointing = True
     groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in parameter_groups(model, config.weight_decay)}
     trained = sum(groups.values())
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
@@ -136,7 +139,7 @@ def make_plan(
         parameters=groups,
         micro_batches=micro_batches,
         items_per_step=config.batch_size,
-        flops_per_step=cost.flops * micro_batches * backend.world_size,
+        flops_per_step=flops * micro_batches * backend.world_size,
         memory=memory,
         available=free_memory(backend.device),
     )
