@@ -168,6 +168,25 @@ def test_a_second_run_in_the_folder_is_refused(make_trainer):
     make_trainer(hooks=[start_another], max_steps=1).train()
 
 
+def test_the_lock_dies_with_its_process_though_a_child_lives(make_trainer):
+    children = []
+
+    def fork(trainer, row):
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.pause()
+
+    first = make_trainer(hooks=[fork], max_steps=1)
+    try:
+        first.train()
+        (first.run_dir / "results.json").unlink()
+        make_trainer(max_steps=1).train()
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(make_trainer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
