@@ -197,7 +197,8 @@ class Bar:
 
     def __init__(self, shown: bool, item_name: str) -> None:
         self.shown, self.item_name, self._last_line = shown, item_name, 0.0
-        self._bar = tqdm(unit="step", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
+        self._on_terminal = shown and sys.stderr.isatty()
+        self._bar: tqdm | None = None
 
     def say(self, text: str) -> None:
         if self.shown:
@@ -206,7 +207,9 @@ class Bar:
 
     def show(self, row: Row, total: int | None) -> None:
         text = " ".join([*(f"{short}={row[name]:.4f}" for name, short in _short_names(row)), f"lr={row['lr']:.2e}"])
-        if self._bar is not None:
+        if self._on_terminal:
+            if self._bar is None:
+                self._bar = tqdm(unit="step", dynamic_ncols=True, initial=row["step"])
             self._bar.total = total
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(row["step"] - self._bar.n)
