@@ -209,7 +209,7 @@ class Bar:
         text = " ".join([*(f"{short}={row[name]:.4f}" for name, short in _short_names(row)), f"lr={row['lr']:.2e}"])
         if self._on_terminal:
             if self._bar is None:
-                self._bar = tqdm(unit="step", dynamic_ncols=True, initial=row["step"])
+                self._bar = tqdm(unit="step", dynamic_ncols=True, total=total, initial=row["step"])
             self._bar.total = total
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(row["step"] - self._bar.n)
