@@ -146,6 +146,15 @@ def test_best_checkpoints_are_kept_and_the_rest_pruned(make_trainer):
     assert len(list(folder.glob("step-*"))) <= 4
 
 
+def test_a_resumed_run_stays_in_the_precision_it_began_in(make_trainer, monkeypatch):
+    monkeypatch.setattr("train.engine.backend.choose_precision", lambda asked, device: ("bf16", "measured"))
+    assert make_trainer(mixed_precision="auto").backend.precision == "bf16"
+    make_trainer(mixed_precision="auto", max_steps=1).train()
+    monkeypatch.setattr("train.engine.backend.choose_precision", lambda asked, device: ("no", "measured"))
+    assert make_trainer(mixed_precision="auto").backend.precision == "bf16"
+    assert make_trainer("other", mixed_precision="auto").backend.precision == "no"
+
+
 # ---- who may write where ---------------------------------------------------------------------------------------------
 
 
@@ -276,7 +285,7 @@ def test_stop_and_rewind(make_trainer, capsys):
 
 
 def test_nothing_but_bad_steps_ends_the_run(make_trainer):
-    trainer = poison(make_trainer(max_steps=40), dict.fromkeys(range(3, 40), float("inf")))
+    trainer = poison(make_trainer(max_steps=60), dict.fromkeys(range(3, 60), float("inf")))
     with pytest.raises(TrainingBroken, match="steps were all skipped"):
         trainer.train()
 

@@ -48,13 +48,18 @@ class Backend:
     `backward` therefore takes R times the loss, and any split of a batch gives the same gradient.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig, begun_in: str | None = None) -> None:
         state = process_state(config)
         self.device: torch.device = state.device
         self.rank, self.world_size, self.is_main = state.process_index, state.num_processes, state.is_main_process
         if self.device.type == "cpu":
             use_all_cores()
-        chosen = choose_precision(config.mixed_precision, self.device) if self.is_main else None
+        chosen = ("no", "")
+        if self.is_main:
+            resumes = begun_in is not None and config.mixed_precision == "auto"
+            chosen = (
+                (begun_in, "as the run began") if resumes else choose_precision(config.mixed_precision, self.device)
+            )
         self.precision, self.precision_reason = self.broadcast(chosen)
         AcceleratorState._reset_state()  # Scripts that train several models may do so in several precisions.
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
@@ -108,6 +113,8 @@ class Backend:
             self.prepared_optimizer.step()
         elif not bad.item():
             self.prepared_optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # an overflow is how the scaler learns its scale
         self.prepared_optimizer.zero_grad()
 
     def sum(self, value: Tensor) -> Tensor:

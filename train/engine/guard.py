@@ -11,11 +11,17 @@ WINDOW, ENOUGH = 128, 32
 # counts as 2 %, or a converged loss would make every wiggle a spike.
 DEVIATIONS, LEAST_MAD = 12.0, 0.02
 # After this many bad steps in a row skipping helps no more: the weights or the data are broken.
-PATIENCE = 10
+PATIENCE = 20
 
 
 class TrainingBroken(RuntimeError):
     """Training cannot go on; the message says what was seen and which checkpoint is sound."""
+
+
+def _median(values: Tensor, count: Tensor) -> Tensor:
+    """Lower median of the `count` finite ones of `values` [N], 0-d (MPS has no nanmedian)."""
+    ascending = torch.where(values.isfinite(), values, torch.inf).sort().values
+    return ascending.gather(0, ((count - 1) // 2).clamp(min=0)[None])[0]
 
 
 class Guard:
@@ -28,9 +34,10 @@ class Guard:
     def verdict(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """0-d float32: 1 where `step` must not reach the weights. loss and norm: 0-d, the same on every process."""
         loss = loss.float()
-        median = self.losses.nanmedian()
-        mad = torch.maximum((self.losses - median).abs().nanmedian(), LEAST_MAD * median.abs())
-        enough = self.losses.isfinite().sum() >= ENOUGH
+        count = self.losses.isfinite().sum()
+        median = _median(self.losses, count)
+        mad = torch.maximum(_median((self.losses - median).abs(), count), LEAST_MAD * median.abs())
+        enough = count >= ENOUGH
         spike = enough & (loss > median + DEVIATIONS * 1.4826 * mad)
         bad = spike | ~loss.isfinite() | ~norm.isfinite()
         # Into the window goes every finite loss: a level that stays high is news once, not a spike for ever.

@@ -65,9 +65,13 @@ class RunFolder:
             raise ConfigError(
                 f"another process is training in {path}; wait for it or give another --run_dir"
             ) from error
+        try:
+            self._check_settings(config)
+        except ConfigError:
+            self.release()
+            raise
         # A loader worker that outlives a killed run by a few seconds must not hold its lock.
         os.register_at_fork(after_in_child=self._lock.close)
-        self._check_settings(config)
 
     def _check_settings(self, config: TrainingConfig) -> None:
         file = self.path / "config.json"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import mean
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from train.engine.optim import learning_rate, make_optimizer, set_learning_rate
 from train.engine.order import DataOrder, MicroBatches, micro_batches_per_step, windows
 from train.engine.plan import make_plan
 from train.engine.precision import synchronize
-from train.engine.run_folder import RunFolder, default_run_dir
+from train.engine.run_folder import RunFolder, default_run_dir, read_json
 from train.engine.signals import EXIT_INTERRUPTED, Signals
 from train.engine.snapshot import Progress, Snapshot
 from train.engine.summary import Results, finish
@@ -65,7 +66,7 @@ class Trainer:
             if not hasattr(model, "gradient_checkpointing"):
                 raise ConfigError(f"{type(model).__name__} cannot recompute activations; drop --gradient_checkpointing")
             model.gradient_checkpointing = True
-        self.backend = Backend(config)
+        self.backend = Backend(config, begun_in=self._precision_so_far())
         self.order = DataOrder(len(task.train), config.batch_size, config.seed)
         self.per_step = micro_batches_per_step(config, self.backend.world_size)
         largest = -(-config.batch_size // self.backend.world_size // self.per_step)
@@ -77,6 +78,11 @@ class Trainer:
         self.guard = Guard(self.backend.device)
         self.signals = Signals()
         self.folder: RunFolder | None = None
+
+    def _precision_so_far(self) -> str | None:
+        """What the run in --run_dir was begun in: a resumed run must not be measured into another precision."""
+        run = self.config.run_dir / "run.json" if self.config.run_dir is not None else None
+        return read_json(run).get("precision") if run is not None and run.exists() else None
 
     # ---- from the first line to the last -------------------------------------------------------------------------
 
@@ -175,7 +181,7 @@ class Trainer:
         """Steps until the limits or a signal say otherwise; returns the name of the limit."""
         progress = self.progress
         feed = self._windows()
-        begun_at, first_step_ended = progress.step, time.perf_counter()
+        first_steps: list[float] = []
         while progress.step != progress.total_steps:
             started = time.perf_counter()
             with self.clock("data"):
@@ -186,14 +192,11 @@ class Trainer:
             progress.step += 1
             if progress.total_steps is None:
                 synchronize(self.backend.device)
-                done, now = progress.step - begun_at, time.perf_counter()
-                if done == 1:
-                    # The first step pays for allocation and compilation: it counts only where it is all there is.
-                    first_step_ended, seconds = now, now - started
-                else:
-                    seconds = (now - first_step_ended) / (done - 1)
+                first_steps.append(time.perf_counter() - started)
                 if progress.step >= self.limits.steps_to_measure:
-                    self._fix_length(*self.limits.fix(progress.step, seconds, sum(self._seconds.values())))
+                    # The very first pays for allocation and compilation: it counts only where it is all there is.
+                    each = mean(first_steps[1:] or first_steps)
+                    self._fix_length(*self.limits.fix(progress.step, each, sum(self._seconds.values())))
             if stopped_by := self._between_steps(time.perf_counter() - started):
                 return stopped_by
         return self.limits.reason(progress.step, late=False)
