@@ -61,6 +61,7 @@ def test_money_is_time_and_counts_what_earlier_parts_spent(clock):
     later = Limits(config, 10, spent=400)
     assert later.deadline == pytest.approx(1200)
     clock.now = 1200.0
+    assert later.spent == pytest.approx(600)
     assert later.out_of_time(0.1, 0.1) and later.reason(3, late=True) == "max_cost"
 
 

@@ -23,17 +23,7 @@ def start(run_dir: Path, *flags: str, processes: int = 2) -> list[subprocess.Pop
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [
-        sys.executable,
-        str(TOY),
-        "--run_dir",
-        str(run_dir),
-        "--cpu",
-        "--wandb",
-        "off",
-        "--mixed_precision",
-        "no",
-    ]
+    command = [sys.executable, str(TOY), "--run_dir", str(run_dir), "--wandb", "off", "--mixed_precision", "no"]
     started = []
     for rank in range(processes):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}

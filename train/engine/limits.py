@@ -36,11 +36,11 @@ class Intervals:
 
 
 class Limits:
-    """When the run ends. `spent`: seconds that earlier parts of this run took."""
+    """When the run ends. `spent`: seconds that earlier processes of this run took, from their start to their end."""
 
     def __init__(self, config: TrainingConfig, steps_per_epoch: float, spent: float) -> None:
-        self.config = config
-        start = psutil.Process().create_time()
+        self.config, self._spent = config, spent
+        self._start = start = psutil.Process().create_time()
         ends: list[tuple[float, str]] = []
         if config.max_minutes is not None:
             ends.append((start + 60 * config.max_minutes, "max_minutes"))
@@ -53,6 +53,11 @@ class Limits:
         if config.epochs is not None or (config.max_steps is None and not ends):
             steps.append((math.ceil((config.epochs or 1.0) * steps_per_epoch), "epochs"))
         self.max_steps, self.steps_name = min(steps, default=(None, ""))
+
+    @property
+    def spent(self) -> float:
+        """Seconds that have been paid for, this process's included."""
+        return self._spent + time.time() - self._start
 
     @property
     def has_clock(self) -> bool:

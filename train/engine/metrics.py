@@ -109,6 +109,8 @@ class JsonlFile:
 
     @property
     def size(self) -> int:
+        """Bytes that are on disk, for a checkpoint to cut back to."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def log(self, row: Row) -> None:

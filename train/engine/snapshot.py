@@ -27,7 +27,8 @@ class Progress:
     step: int = 0
     total_steps: int | None = None
     intervals: Intervals = field(default_factory=Intervals)
-    seconds: float = 0.0  # of the run's earlier processes
+    seconds: float = 0.0  # of training, in the run's earlier processes
+    spent: float = 0.0  # of those processes from start to end: what --max_cost counts
     last: dict = field(default_factory=dict)  # the newest evaluation: {"step", "scores"}
     best: list[dict] = field(default_factory=list)  # {"step", "score", "scores"}, best first
     evaluations_since_best: int = 0

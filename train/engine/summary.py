@@ -14,6 +14,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from train.engine.backend import Backend
 from train.engine.metrics import read_rows
 from train.engine.plan import peak_flops
 from train.engine.precision import matmul_rate
@@ -120,6 +121,13 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
     return results
 
 
+def cpu_matmul_rate(backend: Backend) -> float:
+    """FLOP/s of a large matmul in the run's precision, 0 where the device isn't a CPU."""
+    if backend.device.type != "cpu":
+        return 0.0
+    return matmul_rate(backend.device, backend.autocast_dtype or torch.float32, size=2048, seconds=1.0)
+
+
 def _against_the_machine(trainer: Trainer) -> tuple[float | None, float | None]:
     """(items per second if a step were its matmuls alone, measured on a CPU; share of a GPU's data-sheet FLOP/s)."""
     backend, book = trainer.backend, trainer.book
@@ -127,7 +135,8 @@ def _against_the_machine(trainer: Trainer) -> tuple[float | None, float | None]:
         return None, None
     flops_per_item = trainer.plan.flops_per_step / book.items_per_step
     if backend.device.type == "cpu":
-        rate = matmul_rate(backend.device, backend.autocast_dtype or torch.float32, size=2048, seconds=1.0)
+        # A shared machine's speed drifts: the better of two measurements, one before training and one after.
+        rate = max(trainer.matmul_rate_before, cpu_matmul_rate(backend))
         return rate * backend.world_size / flops_per_item, None
     peak = peak_flops(backend.device, backend.precision)
     achieved = book.items_per_second * flops_per_item / backend.world_size

@@ -28,7 +28,7 @@ from train.engine.precision import synchronize
 from train.engine.run_folder import RunFolder, default_run_dir, read_json
 from train.engine.signals import EXIT_INTERRUPTED, Signals
 from train.engine.snapshot import Progress, Snapshot
-from train.engine.summary import Results, finish
+from train.engine.summary import Results, cpu_matmul_rate, finish
 
 
 class Task(Protocol):
@@ -138,8 +138,9 @@ class Trainer:
             self.snapshot.read(source)
             if not source.is_relative_to(self.run_dir):
                 self.progress.keep_only_step()
-        self.limits = Limits(config, self.order.steps_per_epoch, self.progress.seconds)
+        self.limits = Limits(config, self.order.steps_per_epoch, self.progress.spent)
         self._seconds = {"evaluation": 0.0, "save": 12 * self.plan.num_parameters / 2e8}  # until they are measured
+        self.matmul_rate_before = cpu_matmul_rate(backend)
         self._introduce()
         if self.progress.total_steps is None and not self.limits.has_clock:
             self._fix_length(self.limits.max_steps, Intervals.of(config, self.limits.max_steps))
@@ -308,7 +309,8 @@ class Trainer:
 
     def save(self) -> None:
         with self.book.pause(), self.clock("saving"):
-            self.progress.seconds, self.progress.metrics_bytes = self.book.elapsed, self.book.metrics_bytes
+            self.progress.seconds, self.progress.spent = self.book.elapsed, self.limits.spent
+            self.progress.metrics_bytes = self.book.metrics_bytes
             self._seconds["save"] = self.snapshot.write()
 
     def _interrupt(self) -> None:
