@@ -122,7 +122,7 @@ def neighbor_cross_entropy(device: str) -> Case:
 
 
 def eigen_scan(device: str) -> Case:
-    B, T, K = (8, 2048, 1024) if device == "cuda" else (4, 512, 64)
+    B, T, K = (8, 2048, 1024) if device == "cuda" else (8, 2048, 128)
 
     def fft(beta: Tensor, log_rho: Tensor, omega: Tensor) -> Tensor:
         powers = torch.exp(torch.arange(T, device=device).unsqueeze(1) * torch.complex(log_rho, omega))
