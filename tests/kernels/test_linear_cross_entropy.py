@@ -79,7 +79,7 @@ def test_reference_equals_torch(smoothing):
 def test_gradcheck():
     inputs, target = problem(rows=5, d_model=4, classes=7)
     options = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "softcap": 3.0}
-    loss = lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, **options).loss  # noqa: E731
+    loss = lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, **options).loss
     assert torch.autograd.gradcheck(loss, inputs)
 
 
@@ -185,7 +185,7 @@ def test_never_holds_the_logits_of_all_rows(monkeypatch):
     (hidden, weight, _), target = problem(rows=64)
     largest = {}
     for op in (linear_cross_entropy, linear_cross_entropy_reference):
-        loss = lambda op=op: op(hidden, weight, target, softcap=5.0, label_smoothing=0.1).loss  # noqa: E731
+        loss = lambda op=op: op(hidden, weight, target, softcap=5.0, label_smoothing=0.1).loss
         ops = torch_ops(lambda loss=loss: loss().backward())
         largest[op] = max(math.prod(shape) for _, shapes in ops for shape in shapes if shape)
     assert largest[linear_cross_entropy] <= max(8 * 53, weight.numel(), hidden.numel())
@@ -256,7 +256,7 @@ def test_autocast_runs_the_matmuls_low_and_keeps_the_weight_gradient_wide():
 def test_compiles_without_a_graph_break():
     inputs, target = problem(dtype=torch.float32)
     count = (target >= 0).sum()
-    loss = lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, num_items=count).loss  # noqa: E731
+    loss = lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, num_items=count).loss
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
     assert_close(torch.autograd.grad(compiled, inputs), torch.autograd.grad(loss(*inputs), inputs))
 

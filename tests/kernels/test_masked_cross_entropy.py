@@ -90,7 +90,7 @@ def test_smoothing_mass_stays_on_valid_classes():
 def test_gradcheck():
     logits, valid, target = problem(6, 5)
     weight = torch.rand(6, dtype=torch.float64, requires_grad=True)
-    loss = lambda x, w: masked_cross_entropy(x, valid, target, label_smoothing=0.1, weight=w)  # noqa: E731
+    loss = lambda x, w: masked_cross_entropy(x, valid, target, label_smoothing=0.1, weight=w)
     assert torch.autograd.gradcheck(loss, (logits, weight))
     assert torch.autograd.gradcheck(lambda x: masked_log_softmax(x, valid).masked_fill(~valid, 0), (logits,))
 

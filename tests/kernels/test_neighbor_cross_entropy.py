@@ -83,7 +83,7 @@ def test_argmax_is_a_slot_and_correct_says_whether_it_is_a_target():
 
 def test_gradcheck():
     inputs, candidates, target = problem(rows=7, d_model=3, classes=9)
-    loss = lambda *x: neighbor_cross_entropy(*x, candidates, target, label_smoothing=0.1).loss  # noqa: E731
+    loss = lambda *x: neighbor_cross_entropy(*x, candidates, target, label_smoothing=0.1).loss
     assert torch.autograd.gradcheck(loss, inputs)
 
 
@@ -174,7 +174,7 @@ def test_low_precision_inputs_keep_fp32_arithmetic(autocast):
 
 def test_compiles_without_a_graph_break():
     inputs, candidates, target = problem(dtype=torch.float32)
-    loss = lambda *x: neighbor_cross_entropy(*x, candidates, target).loss  # noqa: E731
+    loss = lambda *x: neighbor_cross_entropy(*x, candidates, target).loss
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
     assert_close(torch.autograd.grad(compiled, inputs), torch.autograd.grad(loss(*inputs), inputs))
 

@@ -205,8 +205,9 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(make_trainer, tmp_path):
 def test_a_checkpoint_of_another_shape_is_refused(make_trainer, monkeypatch, tmp_path):
     make_trainer("first", max_steps=2).train()
     monkeypatch.setattr("tests.toy.ToyModel.__init__", _wider(ToyModel.__init__))
-    with pytest.raises(ConfigError, match="does not fit this model"):
-        make_trainer("second", resume=str(tmp_path / "first")).train()
+    for _ in range(2):  # the refused run left nothing behind that would refuse the next
+        with pytest.raises(ConfigError, match="does not fit this model"):
+            make_trainer("second", resume=str(tmp_path / "first")).train()
 
 
 def _wider(init):

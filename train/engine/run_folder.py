@@ -75,8 +75,8 @@ class RunFolder:
 
     def _check_settings(self, config: TrainingConfig) -> None:
         file = self.path / "config.json"
-        if not file.exists():
-            write_json(file, config.to_dict())
+        if not (self.finished or any((self.path / "checkpoints").glob("step-*"))):
+            write_json(file, config.to_dict())  # a new folder, or a run that left nothing to go on from
             return
         if config.resume != "auto":
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
+from typing import Any
 
 # A launcher may restart a job that ends so (EX_TEMPFAIL of sysexits.h); through `accelerate launch` it arrives as 1.
 EXIT_INTERRUPTED = 75
@@ -15,7 +16,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.signal(number, self._remember) for number in NUMBERS}
@@ -23,7 +24,7 @@ class Signals:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
