@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +131,13 @@ def test_every_setting_is_read_by_some_code():
     fields = {f.name for config in (TENConfig, TrainingConfig, LanguageConfig) for f in dataclasses.fields(config)}
     unread = {name for name in fields if not any(f"{owner}.{name}" in code for owner in ("config", "self", "settings"))}
     assert unread == {"hten_mode"}  # checked by TENConfig; computed by the issue that builds HTEN
+
+
+def test_another_package_called_kernels_is_named(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.1'\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import models"], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "another project's package of the same name" in done.stderr.splitlines()[-1]
