@@ -122,6 +122,14 @@ def test_resume_from_another_run_starts_where_it_was(make_trainer):
     assert results.steps == 8 and second.run_dir != first.run_dir
 
 
+def test_another_number_of_processes_is_refused(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    trainer.backend.world_size = 2
+    with pytest.raises(ConfigError, match=r"by 1 process\(es\) and this launch has 2"):
+        trainer.snapshot.read(trainer.run_dir / "checkpoints" / "last")
+
+
 def test_a_damaged_checkpoint_is_named_and_passed_over(make_trainer, capsys):
     trainer = make_trainer(eval_every=4, max_steps=12)
     trainer.train()

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from train.engine.backend import Backend
 from train.engine.checkpoint import Checkpoints, load_weights, random_state, save_weights, set_random_state
+from train.engine.config import ConfigError
 from train.engine.guard import Guard
 from train.engine.limits import Intervals
 from train.engine.metrics import Meter
@@ -100,7 +101,12 @@ class Snapshot:
             self.checkpoints.seal(aside, progress.best)
 
     def read(self, folder: Path) -> None:
-        """Bring every object back to what it was when `folder` was written."""
+        """Bring every object back to what it was when `folder` was written. Raises ConfigError if it doesn't fit."""
+        writers, readers = len(list(folder.glob("rank-*.pt"))), self.backend.world_size
+        if writers != readers:
+            raise ConfigError(
+                f"{folder} was written by {writers} process(es) and this launch has {readers}; an exact resume needs as many"
+            )
         load_weights(self.model, folder / "model.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
