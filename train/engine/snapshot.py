@@ -105,7 +105,8 @@ class Snapshot:
         writers, readers = len(list(folder.glob("rank-*.pt"))), self.backend.world_size
         if writers != readers:
             raise ConfigError(
-                f"{folder} was written by {writers} process(es) and this launch has {readers}; an exact resume needs as many"
+                f"{folder} was written by {writers} process(es) and this launch has {readers}; "
+                "an exact resume needs as many"
             )
         load_weights(self.model, folder / "model.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)

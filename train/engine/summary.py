@@ -125,7 +125,7 @@ def cpu_matmul_rate(backend: Backend) -> float:
     """FLOP/s of a large matmul in the run's precision, 0 where the device isn't a CPU."""
     if backend.device.type != "cpu":
         return 0.0
-    return matmul_rate(backend.device, backend.autocast_dtype or torch.float32, size=2048, seconds=1.0)
+    return matmul_rate(backend.device, backend.autocast_dtype or torch.float32, size=2048, seconds=0.5)
 
 
 def _against_the_machine(trainer: Trainer) -> tuple[float | None, float | None]:
