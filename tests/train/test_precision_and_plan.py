@@ -39,6 +39,12 @@ def test_the_rate_is_flops_over_the_best_time(monkeypatch):
     assert matmul_rate(CPU, torch.float32, size=10, seconds=1.0) == pytest.approx(2 * 10**3 / 0.1)
 
 
+def test_measuring_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    matmul_rate(CPU, torch.float32, size=8, seconds=0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
