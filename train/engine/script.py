@@ -12,13 +12,13 @@ from train.engine.guard import TrainingBroken
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Settings, files and data that don't work end the script with their sentence and status 2, not with a traceback.
+    """Settings, files, data and absent packages end the script with their sentence and status 2, not with a traceback.
 
     TENFOLD_TRACEBACK=1 shows where the sentence came from.
     """
     try:
         yield
-    except (ValueError, OSError, TrainingBroken) as error:
+    except (ValueError, OSError, ImportError, TrainingBroken) as error:
         if os.environ.get("TENFOLD_TRACEBACK") == "1":
             raise
         if os.environ.get("RANK", "0") == "0":
