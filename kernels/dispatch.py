@@ -1,4 +1,4 @@
-"""Which backend an op runs on, read from the environment at every call.
+"""Which backend an op runs on, read from the environment at every call: in the op's body, which no compiler traces.
 
 TENFOLD_KERNELS=auto     the fastest backend this build has for the op (default)
 TENFOLD_KERNELS=torch    the PyTorch fallback

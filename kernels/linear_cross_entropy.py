@@ -115,6 +115,7 @@ def _sum_over_rows(
     d_bias: Tensor | None = None,  # [V], added to
 ) -> tuple[Tensor, Tensor]:
     """Sums of nll and lse^2 over the counted rows; gradients of sum(total) where there is a place for them."""
+    backend("linear_cross_entropy")
     head = _Head(hidden, weight, bias, softcap)
     nll_sum, square_sum = head.z.new_zeros(()), head.z.new_zeros(())
     wants_gradient = not (d_hidden is None and d_weight is None and d_bias is None)
@@ -284,7 +285,6 @@ def linear_cross_entropy(
         TypeError, ValueError: wrong dtype, shape or option.
         RuntimeError: a target outside 0..V-1 that is not `ignore_index` (from torch.gather), or differentiated twice.
     """
-    backend("linear_cross_entropy")
     _check(hidden, weight, target, bias, energy, label_smoothing, softcap)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:

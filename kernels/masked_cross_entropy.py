@@ -45,6 +45,7 @@ def _masked(logits: Tensor, valid: Tensor) -> Tensor:
 @torch.library.custom_op("tenfold::masked_log_softmax", mutates_args=())
 def _log_softmax_fwd(logits: Tensor, valid: Tensor) -> Tensor:
     """logits, valid [R, ..., C] -> log_probs [R, ..., C]."""
+    backend("masked_log_softmax")
     log_probs = logits.new_empty(logits.shape)
     for rows in _row_chunks(logits.shape):
         log_probs[rows] = torch.log_softmax(_masked(logits[rows], valid[rows]), -1)
@@ -67,6 +68,7 @@ def _cross_entropy_fwd(
     logits: Tensor, valid: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """logits, valid [R, ..., C], target [R, ...] -> loss, counted [R, ...]; loss fp32 or better, counted bool."""
+    backend("masked_cross_entropy")
     loss = logits.new_empty(target.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     seen = target != ignore_index
     y = target.masked_fill(~seen, 0).unsqueeze(-1)
@@ -164,7 +166,6 @@ def masked_log_softmax(logits: Tensor, valid: Tensor, *, dim: int = -1) -> Tenso
         TypeError, ValueError: wrong dtype, a `valid` that does not broadcast, no classes.
         RuntimeError: when differentiated twice.
     """
-    backend("masked_log_softmax")
     valid = _checked_mask(logits, valid)
     if logits.dim() == 1:
         return _log_softmax_fwd(logits[None], valid[None])[0]
@@ -211,7 +212,6 @@ def masked_cross_entropy(
         TypeError, ValueError: wrong dtype, shape or option.
         RuntimeError: a target outside 0..C-1 that is not `ignore_index` (from torch.gather), or differentiated twice.
     """
-    backend("masked_cross_entropy")
     valid = _checked_mask(logits, valid)
     _check_target(logits, target, label_smoothing)
     rows = logits, valid, target.long()

@@ -62,6 +62,7 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, candidates: Tensor, target: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss [R] (0 where no candidate is a target), log_probs [R, J] (-inf in empty slots), argmax [R]."""
+    backend("neighbor_cross_entropy")
     wide = _wide(hidden, weight)
     scores = hidden.new_empty(candidates.shape, dtype=wide)
     for rows in _row_chunks(candidates, hidden.shape[1]):
@@ -192,7 +193,6 @@ def neighbor_cross_entropy(
         IndexError: a candidate >= V (from the lookup).
         RuntimeError: when differentiated twice.
     """
-    backend("neighbor_cross_entropy")
     _check(hidden, weight, bias, candidates, target, row_weight, label_smoothing)
     candidates = candidates.long()
     losses, _, argmax = _forward(hidden, weight, bias, candidates, target, label_smoothing)

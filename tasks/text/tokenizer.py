@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ MIN_BPE_VOCAB_SIZE = 257  # every byte, and the end of text
 PROBE = f"  e\u0301\r\n {EOS_TOKEN} " + "".join(map(chr, (*range(0x801), *range(0x1000, 0x110000, 0x1000))))
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What both kinds share: a table of the bytes that each id stands for.
 
     `pieces[id]` are those bytes, empty for `eos_id` and other special tokens; `token_bytes` [V] int64 their lengths.
@@ -40,9 +41,9 @@ class Tokenizer:
         """Token ids of a text, without the end of text. [n] uint16, or uint32 if the vocabulary needs it."""
         return self.encode_batch([text])[0]
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` for many texts, on all cores."""
-        raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """The exact bytes of the ids, none for special tokens. Raises ValueError for ids outside 0 … V-1."""
@@ -55,9 +56,9 @@ class Tokenizer:
         """Text of the ids. Bytes that are no UTF-8, as a model may sample them, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    @abstractmethod
     def to_json(self) -> str:
         """What `tokenizer.json` holds."""
-        raise NotImplementedError
 
     def save(self, folder: str | Path) -> Path:
         """Write `tokenizer.json` into an existing folder, for `load_tokenizer`."""

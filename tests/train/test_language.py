@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from models.ten import TEN
 from train.engine.metrics import read_rows
 from train.engine.run_folder import read_json
 
@@ -38,6 +39,7 @@ def test_a_run_leaves_everything_and_its_sample_can_be_had_again(tmp_path):
         [sys.executable, str(ROOT / "train" / "sample.py"), "run"], cwd=tmp_path, capture_output=True, text=True
     )
     assert sampled.returncode == 0, sampled.stderr
+    assert TEN.from_pretrained(run / "checkpoints" / "last").config.vocab_size == 257
     assert sampled.stdout == (run / "samples" / "step-00000008.txt").read_text(encoding="utf-8")
 
 

@@ -85,6 +85,17 @@ def test_training_and_evaluation_run_in_the_precision_they_say(make_trainer):
     assert {p.dtype for p in trainer.inner.parameters()} == {torch.float32}
 
 
+class Halting(TwoLayers):
+    def forward(self, x, num_items=None):
+        return {"loss": super().forward(x)["loss"] * (2 if (x.sum() > 0).item() else 1)}
+
+
+def test_a_model_whose_work_depends_on_its_data_still_gets_a_plan(make_trainer):
+    trainer = make_trainer()
+    plan = make_plan(Halting(), trainer.config, {"x": torch.zeros(32, 8)}, 1, trainer.backend)
+    assert plan.flops_per_step is None and plan.fits and "n/a" in "".join(plan.lines())
+
+
 def test_the_plans_flops_leave_recomputation_out_as_mfu_does():
     task = TextTask.tiny(seq_len=32)
     batch = task.collate([task.train[0], task.train[1]])

@@ -141,6 +141,14 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(make_trainer, capsys):
     make_trainer(eval_every=4, max_steps=12).train()
     out = capsys.readouterr().out
     assert "model.safetensors is damaged" in out and "resumed     after step 8" in out
+    links = [p for p in (trainer.run_dir / "checkpoints").iterdir() if p.is_symlink()]
+    assert links and all(link.exists() for link in links)
+
+
+def test_a_score_that_is_not_finite_is_never_the_best(make_trainer, monkeypatch):
+    monkeypatch.setattr(ToyTask, "evaluate", lambda self, predict: {"accuracy": float("nan")})
+    trainer = make_trainer(max_steps=2)
+    assert trainer.train().best == {} and (trainer.run_dir / "checkpoints" / "last").exists()
 
 
 def test_best_checkpoints_are_kept_and_the_rest_pruned(make_trainer):
@@ -284,12 +292,14 @@ def test_a_leap_of_the_loss_is_skipped_once_there_is_a_history(make_trainer):
     assert trainer.train().skipped_steps == 1  # the one at step 50; at step 3 nothing is known yet
 
 
-def test_stop_and_rewind(make_trainer, capsys):
+def test_stop_and_rewind(make_trainer, rows, capsys):
     with pytest.raises(TrainingBroken, match=r"step 4 .*newest sound checkpoint: .*step-00000003"):
         poison(make_trainer("stop", bad_step="stop", eval_every=3), {5: float("nan")}).train()
     trainer = poison(make_trainer("rewind", bad_step="rewind", eval_every=3), {5: float("nan")})
-    trainer.train()
-    assert trainer.progress.banned_steps == [4] and trainer.progress.step == 12
+    results = trainer.train()
+    assert trainer.progress.banned_steps == [4] and results.steps == 12 and results.skipped_steps == 1
+    steps = [r["step"] for r in rows(trainer.run_dir) if r["split"] == "train"]
+    assert steps == sorted(set(steps))
     assert "going on from step 3" in capsys.readouterr().out
 
 

@@ -54,13 +54,11 @@ class Backend:
         self.rank, self.world_size, self.is_main = state.process_index, state.num_processes, state.is_main_process
         if self.device.type == "cpu":
             use_all_cores()
-        chosen = ("no", "")
-        if self.is_main:
-            resumes = begun_in is not None and config.mixed_precision == "auto"
-            chosen = (
-                (begun_in, "as the run began") if resumes else choose_precision(config.mixed_precision, self.device)
-            )
-        self.precision, self.precision_reason = self.broadcast(chosen)
+        if begun_in is not None and config.mixed_precision == "auto":
+            self.precision, self.precision_reason = begun_in, "as the run began"
+        else:
+            choice = self.on_main(lambda: choose_precision(config.mixed_precision, self.device))
+            self.precision, self.precision_reason = choice
         AcceleratorState._reset_state()  # Scripts that train several models may do so in several precisions.
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
         self.is_ddp = self.accelerator.distributed_type in DDP

@@ -112,20 +112,27 @@ class Checkpoints:
         write_json(aside / MANIFEST, {f.name: [f.stat().st_size, _crc(f)] for f in files})
         _flush(aside)
         sealed = aside.with_name(aside.name[1:])
-        shutil.rmtree(sealed, ignore_errors=True)  # A step saved again after a rewind is the same step.
+        outdated = aside.with_name(f".outdated{aside.name}")
+        if sealed.exists():  # a step is saved again after a rewind; its old folder goes when the new one is there
+            sealed.rename(outdated)
         aside.rename(sealed)
+        shutil.rmtree(outdated, ignore_errors=True)
         self._link("last", sealed.name)
-        keep = {sealed.name}
-        for place, entry in enumerate(best[:KEEP_BEST], start=1):
-            self._link(f"best-{place}", f"step-{entry['step']:08d}")
-            keep.add(f"step-{entry['step']:08d}")
+        # After a fall back to an older checkpoint its table may name folders that are gone.
+        names = [name for e in best if (self.folder / (name := f"step-{e['step']:08d}")).exists()][:KEEP_BEST]
+        for place in range(KEEP_BEST):
+            self._link(f"best-{place + 1}", names[place] if place < len(names) else None)
+        keep = {sealed.name, *names}
         _flush(self.folder)
         for old in self.folder.glob("step-*"):
             if old.name not in keep:
                 shutil.rmtree(old)
         return sealed
 
-    def _link(self, name: str, target: str) -> None:
+    def _link(self, name: str, target: str | None) -> None:
+        if target is None:
+            (self.folder / name).unlink(missing_ok=True)
+            return
         temporary = self.folder / f".{name}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)

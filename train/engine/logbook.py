@@ -46,6 +46,12 @@ class Logbook:
         if self.config.tensorboard:
             self.trackers.append(TensorBoardFile(run_dir, progress.step))
 
+    def cut_back(self, progress: Progress) -> None:
+        """After a rewind: rows behind the checkpoint did not happen."""
+        self._last_step, self._since = progress.step, time.perf_counter()
+        if self._jsonl is not None:
+            self._jsonl.cut_back(progress.metrics_bytes)
+
     @property
     def metrics_bytes(self) -> int:
         return self._jsonl.size if self._jsonl is not None else 0

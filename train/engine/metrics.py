@@ -99,19 +99,22 @@ class Stopwatch:
 
 
 class JsonlFile:
-    """metrics.jsonl, a row a line, on disk when `log` returns; metrics.csv is made from it."""
+    """metrics.jsonl, a row a line, out of this process when `log` returns; metrics.csv is made from it at the end."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         self.path = path
-        path.touch()
-        os.truncate(path, min(keep_bytes, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
+        self.cut_back(keep_bytes)
+
+    def cut_back(self, keep_bytes: int) -> None:
+        """Forget the rows after a checkpoint."""
+        os.truncate(self.path, min(keep_bytes, self.path.stat().st_size))
 
     @property
     def size(self) -> int:
         """Bytes that are on disk, for a checkpoint to cut back to."""
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self.path.stat().st_size
 
     def log(self, row: Row) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -144,7 +147,7 @@ class WandbRun:
         if config.wandb != "auto":
             mode = config.wandb
         self.run = wandb.init(
-            project="tenfold",
+            project=os.environ.get("WANDB_PROJECT", "tenfold"),
             name=f"{run_dir.parent.name}/{run_dir.name}",
             id=run_id,
             resume="allow",

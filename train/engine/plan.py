@@ -9,7 +9,11 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -89,7 +93,7 @@ class Plan:
     parameters: dict[str, int]
     micro_batches: int
     items_per_step: int
-    flops_per_step: int
+    flops_per_step: int | None  # None where what the model computes depends on what it is given
     memory: dict[str, int]
     available: int
 
@@ -105,10 +109,13 @@ class Plan:
         groups = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
         memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.memory.items())
         needed = sum(self.memory.values()) / 2**30
+        flops = "n/a, and activations not counted: what this model computes depends on its data"
+        if self.flops_per_step is not None:
+            flops = f"{self.flops_per_step / 1e12:.3f} TFLOP per step over all processes"
         return [
             f"parameters  {self.num_parameters:,} ({groups})",
             f"step        {self.items_per_step} items in {self.micro_batches} micro-batch(es) per process",
-            f"FLOPs       {self.flops_per_step / 1e12:.3f} TFLOP per step over all processes",
+            f"FLOPs       {flops}",
             f"memory      {needed:.2f} GiB per process ({memory}); {self.available / 2**30:.2f} GiB free here"
             + ("" if self.fits else " — does not fit: lower --micro_batch_size, or take a smaller model"),
         ]
@@ -118,12 +125,15 @@ def make_plan(
     model: nn.Module, config: TrainingConfig, batch: dict[str, Any], micro_batches: int, backend: Backend
 ) -> Plan:
     """batch: one micro-batch. FLOPs leave recomputation out, as MFU does; activations are what autograd keeps."""
-    cost = measure(model, batch, backend.autocast_dtype)
-    flops = cost.flops
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing = False
-        flops = measure(model, batch, backend.autocast_dtype).flops
-        model.gradient_checkpointing = True
+    try:
+        cost = measure(model, batch, backend.autocast_dtype)
+        flops = cost.flops
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing = False
+            flops = measure(model, batch, backend.autocast_dtype).flops
+            model.gradient_checkpointing = True
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        cost, flops = None, None
     groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in parameter_groups(model, config.weight_decay)}
     trained = sum(groups.values())
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
@@ -131,15 +141,16 @@ def make_plan(
         "weights": weights,
         "gradients": 4 * trained,
         "optimizer": STATE_BYTES[config.optimizer] * trained,
-        "activations": cost.activation_bytes,
     }
+    if cost is not None:
+        memory["activations"] = cost.activation_bytes
     if config.ema_decay:
         memory["EMA"] = weights
     return Plan(
         parameters=groups,
         micro_batches=micro_batches,
         items_per_step=config.batch_size,
-        flops_per_step=flops * micro_batches * backend.world_size,
+        flops_per_step=None if flops is None else flops * micro_batches * backend.world_size,
         memory=memory,
         available=free_memory(backend.device),
     )

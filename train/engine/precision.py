@@ -16,7 +16,9 @@ WORTHWHILE = 1.5
 
 def use_all_cores() -> None:
     """`accelerate launch` starts plain runs with one thread; give each local process its share of the cores."""
-    cores = min(psutil.cpu_count(logical=False) or 1, len(psutil.Process().cpu_affinity() or [1]))
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        cores = min(cores, len(os.sched_getaffinity(0)))
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

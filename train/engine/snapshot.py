@@ -20,6 +20,9 @@ from train.engine.limits import Intervals
 from train.engine.metrics import Meter
 from train.engine.run_folder import read_json, write_json
 
+# torch and safetensors say in their own ways that a disk is full.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
 
 @dataclass
 class Progress:
@@ -68,11 +71,7 @@ class Snapshot:
         started = time.perf_counter()
         try:
             self._write()
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
+        except WRITE_ERRORS as error:
             raise OSError(
                 f"the checkpoint of step {self.progress.step} could not be written to {self.checkpoints.folder} "
                 f"({error}); earlier ones are untouched: make room, and the same command with this --run_dir goes on"

@@ -92,13 +92,14 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
     progress, backend, book = trainer.progress, trainer.backend, trainer.book
     if progress.last.get("step") != progress.step:
         trainer.evaluate()
-    trainer.save()
+    if trainer.saved_step != progress.step:
+        trainer.save()
     ceiling, mfu = _against_the_machine(trainer)
     results = Results(
         steps=progress.step,
         parameters=trainer.plan.num_parameters,
         final=progress.last["scores"],
-        best=progress.best[0]["scores"],
+        best=progress.best[0]["scores"] if progress.best else {},
         items_per_second=book.items_per_second,
         peak_memory_bytes=peak_memory(backend.device),
         seconds=book.elapsed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -78,6 +79,7 @@ class Trainer:
         self.guard = Guard(self.backend.device)
         self.signals = Signals()
         self.folder: RunFolder | None = None
+        self.saved_step: int | None = None  # where all that is known is in a checkpoint
 
     def _precision_so_far(self) -> str | None:
         """What the run in --run_dir was begun in: a resumed run must not be measured into another precision."""
@@ -187,7 +189,9 @@ class Trainer:
             started = time.perf_counter()
             with self.clock("data"):
                 window = next(feed)
-            if progress.step not in progress.banned_steps and not self.step(window):
+            if progress.step in progress.banned_steps:
+                progress.skipped_steps += 1
+            elif not self.step(window):
                 feed = self._windows()
                 continue
             progress.step += 1
@@ -250,6 +254,7 @@ class Trainer:
         banned = sorted({*self.progress.banned_steps, step})
         self.snapshot.read(source)
         self.progress.banned_steps = banned
+        self.book.cut_back(self.progress)
         self._say(f"rewind      step {step} was bad; going on from step {self.progress.step} without its batch")
         return False
 
@@ -275,6 +280,7 @@ class Trainer:
 
     def _log_row(self) -> None:
         self.book.train_row(self.progress, self.learning_rate_of_last_step)
+        self.clock.collect()
         if self.guard.streak.item() >= PATIENCE:
             raise TrainingBroken(
                 f"the last {PATIENCE} optimizer steps were all skipped, their loss or gradient not finite or leaping; "
@@ -297,7 +303,8 @@ class Trainer:
         self.clock.add("evaluation", time.perf_counter() - started)
         self._seconds["evaluation"] = time.perf_counter() - started
         progress.last = {"step": progress.step, "scores": scores}
-        if progress.step == 0:
+        self.saved_step = None
+        if progress.step == 0 or not math.isfinite(scores[task.monitor]):
             return False
         sign = 1 if task.mode == "min" else -1
         entry = {"step": progress.step, "score": scores[task.monitor], "scores": scores}
@@ -312,6 +319,7 @@ class Trainer:
             self.progress.seconds, self.progress.spent = self.book.elapsed, self.limits.spent
             self.progress.metrics_bytes = self.book.metrics_bytes
             self._seconds["save"] = self.snapshot.write()
+        self.saved_step = self.progress.step
 
     def _interrupt(self) -> None:
         self.save()
@@ -332,7 +340,7 @@ class Trainer:
             self.book.say(line)
 
     def close(self) -> None:
-        """Let go of trackers, the run folder's lock and the process group's state."""
+        """Let go of trackers, the run folder's lock, model and optimizer."""
         self.book.close()
         if self.folder is not None:
             self.folder.release()
