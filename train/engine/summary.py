@@ -8,11 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from train.engine.backend import Backend
 from train.engine.metrics import read_rows
@@ -146,6 +142,11 @@ def _against_the_machine(trainer: Trainer) -> tuple[float | None, float | None]:
 
 def plot_curves(run_dir: Path, floors: dict[str, float], monitor: str) -> None:
     """plots/loss.png: every training part, and the monitored validation score with its floors as lines."""
+    import matplotlib  # here, because it takes half a second that only process 0 needs, and only at the end
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     rows = read_rows(run_dir / "metrics.jsonl")
     train = [r for r in rows if r["split"] == "train"]
     val = [r for r in rows if r["split"] == "val"]
