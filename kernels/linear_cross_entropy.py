@@ -219,6 +219,29 @@ def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
     return 2 * hidden_shape[0] * weight_shape[0] * weight_shape[1] * (1 + wants_hidden + wants_weight)
 
 
+def _workspace_bytes(hidden: Tensor, weight: Tensor, softcap: float | None) -> int:
+    """What the fallback takes besides its outputs: the buffers of `_Head`, a cast weight, one chunk's d_weight."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    narrow = hidden.dtype != wide
+    buffers = wide.itemsize * (1 + (softcap is not None)) + hidden.dtype.itemsize * narrow
+    copies = hidden.dtype.itemsize * ((hidden.dtype != weight.dtype) + narrow)
+    rows = _chunk_rows(hidden.shape[0], weight.shape[0], wide.itemsize)
+    return rows * weight.shape[0] * buffers + weight.numel() * copies
+
+
+# For whoever adds up memory without computing, as the flop formulas are for FLOPs.
+torch.ops.tenfold.linear_cross_entropy.default.workspace_bytes = (
+    lambda hidden, weight, bias, target, label_smoothing, softcap, ignore_index: _workspace_bytes(
+        hidden, weight, softcap
+    )
+)
+torch.ops.tenfold.linear_cross_entropy_with_gradients.default.workspace_bytes = (
+    lambda hidden, weight, bias, target, label_smoothing, z_loss_weight, softcap, *rest: _workspace_bytes(
+        hidden, weight, softcap
+    )
+)
+
+
 # ------------------------------------------------------------------------------------------------------- autograd glue
 
 

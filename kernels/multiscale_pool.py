@@ -129,8 +129,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    grad_x, grad_weights = _multiscale_pool_bwd(grad, *ctx.saved_tensors, ctx.scales, ctx.mode)
-    return grad_x, None if ctx.saved_tensors[1] is None else grad_weights, None, None, None
+    x, weights, reset = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+    grad_x, grad_weights = _multiscale_pool_bwd(grad, x, weights, reset, ctx.scales, ctx.mode)
+    return grad_x, None if weights is None else grad_weights, None, None, None
 
 
 _multiscale_pool_fwd.register_autograd(_backward, setup_context=_setup_context)

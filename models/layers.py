@@ -5,18 +5,22 @@ from torch import Tensor, nn
 
 
 class ScaledLinear(nn.Linear):
-    """A bias-free linear map whose output channels are scaled: y = diag(scale) W x, at the cost of scaling W.
+    """A bias-free linear map whose output channels are scaled: y = scale * (W x).
 
-    The scale multiplies the weight and not the output because a weight is smaller than a batch of activations. It is
-    a module, and not two lines at its caller, so that hooks which gather a sharded weight see the call.
+    A scale without positions multiplies the weight and not the output, because a weight is smaller than a batch of
+    activations. It is a module, and not two lines at its caller, so that hooks which gather a sharded weight see the
+    call.
     """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        """x [..., in_features], scale [out_features] in any float dtype -> [..., out_features] in x's dtype."""
-        return F.linear(x, self.weight * scale.to(self.weight.dtype)[:, None])
+        """x [..., in_features], scale [out_features] or [..., out_features], any float -> [..., out_features] as x."""
+        if scale.dim() == 1:
+            return F.linear(x, self.weight * scale.to(self.weight.dtype)[:, None])
+        y = F.linear(x, self.weight)
+        return y * scale.to(y.dtype)
 
 
 class MLP(nn.Module):

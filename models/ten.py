@@ -26,12 +26,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import eigen_scan, linear_cross_entropy
-from models.layers import MLP, ScaledLinear
+from kernels import linear_cross_entropy
+from models.eigenstates import NORM_EPS, EigenstateMixer, Eigenvalues
+from models.hten import state_size
+from models.layers import MLP
 from models.sampling import check_sampling, sample_token
 
 IGNORE_INDEX = -100
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class TENConfig:
     num_heads: int = 4
     d_ff: int = 1280
     max_seq_len: int = 512  # the longest memory at initialisation, in tokens; not a limit on the input
-    hten_scales: tuple[int, ...] = (1,)
-    hten_mode: str = "polyphase"
+    hten_scales: tuple[int, ...] = (1,)  # tokens per step; the eigenstates are split over them
+    hten_mode: str = "polyphase"  # how a scale above 1 steps, see models/hten.py
+    selective: bool = False  # decay and phase that depend on the token
     energy_reg_weight: float = 0.01
     energy_mode: str = "state"  # "state": mean |c|² over states; "spectral": Σ ρ², the original's data-free proxy
     parameterization: str = "exponential"  # ρ = exp(-exp(ν)); "sigmoid": the original's ρ = 0.99 sigmoid(ν)
@@ -67,133 +69,56 @@ class TENConfig:
             problems.append(f"num_eigenstates {self.num_eigenstates} must be a multiple of num_heads {self.num_heads}")
         if not 0.0 <= self.energy_reg_weight < math.inf:
             problems.append(f"energy_reg_weight must be a finite number >= 0, not {self.energy_reg_weight}")
-        if self.hten_scales != (1,):
-            problems.append(f"hten_scales {self.hten_scales} asks for HTEN, which TEN does not compute: it takes (1,)")
+        if self.selective and self.parameterization != "exponential":
+            problems.append(f"selective needs parameterization exponential, not {self.parameterization!r}")
+        problems += self._scale_problems()
         if problems:
             raise ValueError("TENConfig: " + "; ".join(problems))
 
+    @property
+    def state_size(self) -> int:
+        """Numbers that a layer carries over time for each row: 2 * num_eigenstates, more with several scales."""
+        return state_size(self.num_eigenstates, self.hten_scales, self.hten_mode)
 
+    def _scale_problems(self) -> list[str]:
+        scales = self.hten_scales
+        if not scales or any(not isinstance(s, int) or s < 1 for s in scales):
+            return [f"hten_scales must be one or more whole numbers of at least 1, not {scales}"]
+        problems = []
+        if len(set(scales)) < len(scales):
+            problems.append(f"hten_scales must differ from each other, not {scales}")
+        if len(scales) > self.num_eigenstates:
+            problems.append(f"hten_scales {scales} are more than the num_eigenstates {self.num_eigenstates} to split")
+        return problems
+
+
+# Parameters at this vocabulary: 33.1M, 85.8M, 180.5M, 321.3M, 523.2M and 1.207B.
 PRESETS = {
-    "nano": TENConfig(),  # 33.10M parameters
+    "nano": TENConfig(),
+    "micro": TENConfig(d_model=768, num_layers=8, num_eigenstates=192, num_heads=6, d_ff=3072, max_seq_len=1024),
+    "small": TENConfig(d_model=1024, num_layers=12, num_eigenstates=256, num_heads=8, d_ff=4224, max_seq_len=1024),
+    "medium": TENConfig(d_model=1280, num_layers=16, num_eigenstates=320, num_heads=10, d_ff=4992, max_seq_len=1024),
+    "large": TENConfig(
+        d_model=1536,
+        num_layers=18,
+        num_eigenstates=384,
+        num_heads=12,
+        d_ff=6528,
+        max_seq_len=1024,
+        hten_scales=(1, 2, 4),
+        energy_reg_weight=0.02,
+    ),
+    "xlarge": TENConfig(
+        d_model=2048,
+        num_layers=26,
+        num_eigenstates=512,
+        num_heads=16,
+        d_ff=8320,
+        max_seq_len=2048,
+        hten_scales=(1, 2, 4, 8),
+        energy_reg_weight=0.02,
+    ),
 }
-
-
-class Eigenvalues(nn.Module):
-    """The K eigenvalues λ = ρ e^{iω} of one layer, with ρ < 1 by construction.
-
-    exponential: ρ = exp(-exp(ν)) (LRU, arXiv 2303.06349). At initialisation the memory τ = -1 / ln ρ of every head's
-        states is spread log-uniformly over 1 … max_seq_len tokens. Half of the states turn once per memory
-        (ω = 2π / τ), so that position within the memory can be told; the other half take ω uniformly from [0, π].
-        Larger angles are conjugates of these and would add nothing.
-    sigmoid: ρ = 0.99 sigmoid(ν), ω = 2π k / K, the original's. Its memory ends at 99.5 tokens whatever ν learns, and
-        begins at about one.
-
-    ν and ω stay in fp32 when the model is cast to bf16 or fp16: bf16 would round ω = 2.7 to 2.703, three radians off
-    after a thousand tokens.
-    """
-
-    def __init__(self, config: TENConfig):
-        super().__init__()
-        self.config = config
-        self.nu = nn.Parameter(torch.empty(config.num_eigenstates))
-        self.omega = nn.Parameter(torch.empty(config.num_eigenstates))
-
-    @torch.no_grad()
-    def init_special(self) -> None:
-        config, device = self.config, self.nu.device
-        num_states, num_heads = config.num_eigenstates, config.num_heads
-        if config.parameterization == "sigmoid":
-            self.nu.uniform_(-3.0, 0.0)
-            self.omega.copy_(2 * math.pi / num_states * torch.arange(num_states, device=device))
-            return
-        per_head = num_states // num_heads
-        stratum = torch.arange(per_head, device=device) + torch.rand(num_heads, per_head, device=device)  # [H, K/H]
-        log_tau = math.log(config.max_seq_len) * (stratum / per_head).flatten()
-        self.nu.copy_(-log_tau)
-        once_per_memory = (2 * math.pi * torch.exp(-log_tau)).clamp(max=math.pi)
-        anywhere = math.pi * torch.rand(num_states, device=device)
-        self.omega.copy_(torch.where(torch.arange(num_states, device=device) % 2 == 0, once_per_memory, anywhere))
-
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ln ρ, ω and the input scale γ, each [K] in fp32 or better.
-
-        γ = sqrt(1 - ρ²) gives white input the same state variance at every ρ, so the energy penalty does not tax long
-        memory. The original had none: γ = 1 with "sigmoid".
-        """
-        dtype = torch.promote_types(self.nu.dtype, torch.float32)
-        nu, omega = self.nu.to(dtype), self.omega.to(dtype)
-        if self.config.parameterization == "sigmoid":
-            log_rho = math.log(0.99) + F.logsigmoid(nu)
-            return log_rho, omega, torch.ones_like(log_rho)
-        log_rho = -torch.exp(nu)
-        return log_rho, omega, torch.sqrt(-torch.expm1(2 * log_rho))
-
-    def _apply(self, fn, recurse=True):
-        def keep_precision(tensor: Tensor) -> Tensor:
-            cast = fn(tensor)
-            return tensor.to(cast.device) if torch.finfo(cast.dtype).bits < 32 else cast
-
-        return super()._apply(keep_precision, recurse)
-
-
-class EigenstateMixer(nn.Module):
-    """Mixes over time: drives the eigenstates with the tokens and reads them out through the resonance blocks."""
-
-    def __init__(self, config: TENConfig):
-        super().__init__()
-        num_states, num_heads = config.num_eigenstates, config.num_heads
-        self.num_heads, self.energy_mode = num_heads, config.energy_mode
-        self.eigenvalues = Eigenvalues(config)
-        self.in_proj = ScaledLinear(config.d_model, 2 * num_states)
-        self.resonance = nn.Parameter(torch.empty(num_heads, num_states // num_heads, num_states // num_heads))
-        self.gate = nn.Linear(config.d_model, config.d_model)
-        self.out_proj = nn.Linear(2 * num_states, config.d_model, bias=False)
-        self.skip = nn.Parameter(torch.empty(config.d_model))
-
-    @torch.no_grad()
-    def init_special(self) -> None:
-        size = self.resonance.shape[-1]
-        noise = torch.randn_like(self.resonance)
-        self.resonance.copy_(torch.eye(size, device=noise.device) + 0.01 / math.sqrt(size) * noise)
-        # Gates nearly closed and no skip: the blocks begin close to the identity. After 250 steps on bytes the loss was
-        # 1.68 with a bias of -2, 1.70 with -4, 1.80 with 0, and 1.89 with -2 and a skip of 1.
-        nn.init.constant_(self.gate.bias, -2.0)
-        nn.init.zeros_(self.skip)
-
-    def forward(
-        self, x: Tensor, initial_state: Tensor | None, reset: Tensor | None, counted: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x [B, T, D], initial_state [B, 2K], reset and counted bool [B, T] -> y [B, T, D], state [B, 2K], energy.
-
-        The energy is this layer's 0-d sum over the counted positions, None without `counted`.
-        """
-        log_rho, omega, gamma = self.eigenvalues()
-        beta = self.in_proj(x, gamma.repeat(2))  # [B, T, 2K]
-        state_energy = counted is not None and self.energy_mode == "state"
-        states, final_state, energy = eigen_scan(
-            beta,
-            log_rho,
-            omega,
-            initial_state=initial_state,
-            reset=reset,
-            with_energy=state_energy,
-            energy_mask=counted if state_energy else None,
-        )
-        y = torch.sigmoid(self.gate(x)) * self.out_proj(self.resonate(states)) + self.skip * x
-        if state_energy:
-            return y, final_state, energy.sum() / log_rho.numel()
-        if counted is not None:
-            return y, final_state, torch.exp(2 * log_rho).sum() * counted.sum()
-        return y, final_state, None
-
-    def resonate(self, states: Tensor) -> Tensor:
-        """Couple the states of each head by its R and normalise the head: [B, T, 2K] -> [B, T, 2K], heads outermost.
-
-        Without the norm R would be absorbed by W_out, and a gain after the norm would be as well, so there is none.
-        """
-        heads = states.unflatten(-1, (2, self.num_heads, -1))  # [B, T, 2, H, K/H]
-        coupled = torch.einsum("btchi,hji->bthcj", heads, self.resonance)
-        return F.rms_norm(coupled, coupled.shape[-2:], eps=NORM_EPS).flatten(2)
 
 
 class Block(nn.Module):
@@ -263,7 +188,7 @@ class TEN(nn.Module, PyTorchModelHubMixin):
             labels: [B, T] int64, the token that each position should predict; -100 is not counted.
             num_items: 0-d int64, what the losses are divided by; default the number of labels counted here.
             reset: [B, T] bool, true where a document starts: it sees nothing of what stands before.
-            initial_state: [num_layers, B, 2 * num_eigenstates] fp32, the "state" of an earlier call.
+            initial_state: [num_layers, B, config.state_size] fp32, the "state" of an earlier call.
             return_state: add "state", the state after the last position; gradients flow through it both ways.
             skip_output_projection: return the normalised hidden states [B, T, D] themselves, nothing else.
             logits_to_keep: logits for the last n positions only; 0 means all.
@@ -298,7 +223,7 @@ class TEN(nn.Module, PyTorchModelHubMixin):
     def _encode(
         self, input_ids: Tensor, initial_state: Tensor | None, reset: Tensor | None, counted: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embed, run the blocks, normalise -> hidden [B, T, D], state [L, B, 2K], mean of the layers' energies."""
+        """Embed, run the blocks, normalise -> hidden [B, T, D], state [L, B, S], mean of the layers' energies."""
         x = self.embedding(input_ids)
         states, energies = [], []
         for i, block in enumerate(self.blocks):
@@ -338,7 +263,7 @@ class TEN(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"labels must have the shape of input_ids {list(shape)}, not {list(labels.shape)}")
         if reset is not None and (tuple(reset.shape) != shape or reset.dtype != torch.bool):
             raise ValueError(f"reset must be bool {list(shape)}, not {reset.dtype} {list(reset.shape)}")
-        expected = (self.config.num_layers, shape[0], 2 * self.config.num_eigenstates)
+        expected = (self.config.num_layers, shape[0], self.config.state_size)
         if initial_state is not None and tuple(initial_state.shape) != expected:
             raise ValueError(f"initial_state must be {list(expected)}, not {list(initial_state.shape)}")
 
@@ -351,7 +276,7 @@ class TEN(nn.Module, PyTorchModelHubMixin):
         return losses if return_dict else losses["loss"]
 
     def prefill(self, input_ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Read [B, T] tokens at once -> logits [B, V] of the last position, state [num_layers, B, 2K]."""
+        """Read [B, T] tokens at once -> logits [B, V] of the last position, state [num_layers, B, state_size]."""
         out = self(input_ids, initial_state=state, return_state=True, logits_to_keep=1)
         return out["logits"][:, -1], out["state"]
 

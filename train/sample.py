@@ -10,7 +10,7 @@ run kept them, as its evaluations did. Sampling runs on the CPU in fp32, so that
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +19,10 @@ import tyro
 
 from models.ten import TEN, TENConfig
 from tasks.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from train.engine import Trainer
 from train.engine.checkpoint import find_checkpoint, load_weights
-from train.engine.run_folder import read_json
+from train.engine.metrics import Row
+from train.engine.run_folder import read_json, write_json
 from train.engine.script import sentences
 
 SETTINGS_FILE = "settings.json"
@@ -52,6 +54,25 @@ def sample_text(model: TEN, tokenizer: Tokenizer, settings: SampleSettings) -> s
         eos_id=tokenizer.eos_id,
     )
     return tokenizer.decode([t for t in tokens[0].tolist() if t != tokenizer.eos_id])
+
+
+class Samples:
+    """A hook: after every evaluation, what the model writes from the prompt, in RUN/samples/."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: SampleSettings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+
+    def __call__(self, trainer: Trainer, row: Row) -> None:
+        model = trainer.predict.whole()
+        if model is None:
+            return
+        folder = trainer.run_dir / "samples"
+        if not (folder / SETTINGS_FILE).exists():
+            self.tokenizer.save(trainer.run_dir)
+            write_json(folder / SETTINGS_FILE, asdict(self.settings))
+        text = sample_text(model, self.tokenizer, self.settings)
+        (folder / f"step-{row['step']:08d}.txt").write_text(text + "\n", encoding="utf-8")
+        trainer.book.say(f"sample      {text[:100]!r}")
 
 
 def load(run: Path) -> tuple[TEN, Tokenizer, SampleSettings]:

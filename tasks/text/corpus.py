@@ -1,4 +1,4 @@
-"""Read documents from text files, JSON lines, Parquet and folders, and split them into training and validation.
+"""Bring the documents of files or of a Hub dataset together, and split them into training and validation.
 
 Without paths the corpus is the source code of the running interpreter's standard library: about 30 MB of real text that
 every machine already has.
@@ -7,19 +7,36 @@ every machine already has.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import platform
-import sysconfig
-from collections.abc import Iterator, Sequence
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-TEXT_FIELDS = ("text", "content", "article", "document")  # looked for in this order when no field is named
+import numpy as np
+
+from tasks.text.files import FileSource
+from tasks.text.hub import HubSource
+
 VAL_FRACTION = 0.05
+SUBSET_SEED = 42  # the original's
 NAMES_SHOWN = 20
 
-NamedBytes = Iterator[tuple[str, bytes]]
+
+class Source(Protocol):
+    """Where documents come from: files or the Hub. Opening one reads none of them."""
+
+    name: str
+
+    def identity(self) -> list:
+        """What changes when the documents do, found without reading them; JSON can write it."""
+
+    def documents(self) -> Iterator[tuple[str, bytes]]:
+        """(name, UTF-8 content) of every document, each whole."""
+
+    def stream(self, place: Any = None) -> Iterator[tuple[Any, str, bytes]]:
+        """(place, name, UTF-8 content) of every document from `place` on, in bounded memory; JSON can write a place."""
 
 
 @dataclass(frozen=True)
@@ -50,54 +67,139 @@ class Corpus:
         if self.num_empty:
             lines.append(f"left out {self.num_empty:,} empty documents")
         if self.skipped:
-            lines.append(f"skipped {len(self.skipped):,} not in UTF-8: {_some(self.skipped)}")
+            lines.append(f"skipped {len(self.skipped):,} not in UTF-8: {some(self.skipped)}")
         return "\n".join(lines)
 
 
+def open_source(
+    paths: Sequence[str | Path] | None = None, *, dataset: str | None = None, text_field: str | None = None
+) -> Source:
+    """Files and folders, a Hub dataset, or with neither the standard library. Raises as `load_corpus` says."""
+    if dataset is None:
+        return FileSource(paths, text_field)
+    if paths:
+        raise ValueError(f"Text comes from files or from the Hub: give paths or dataset {dataset!r}, not both.")
+    return HubSource(dataset, text_field)
+
+
 def load_corpus(
-    paths: Sequence[str | Path] | None = None, *, text_field: str | None = None, max_documents: int | None = None
+    paths: Sequence[str | Path] | None = None,
+    *,
+    dataset: str | None = None,
+    text_field: str | None = None,
+    max_documents: int | None = None,
+    subset_size: int = 0,
 ) -> Corpus:
-    """Read every document below `paths`; without paths, the standard library's own source.
+    """Read every document below `paths` or of the Hub's `dataset`; without either, the standard library's own source.
 
     A `.jsonl`, `.ndjson` or `.parquet` file holds a document a line or row, in `text_field` or else in the first of
     "text", "content", "article" and "document" that it has. Any other file is one document. A folder stands for its
-    files, recursively and sorted by name, without hidden ones and `__pycache__`. Documents that are not UTF-8 are
-    skipped and named in the result, empty ones (null in a record, too) are left out and counted. `max_documents` stops
-    after the first so many.
+    files, recursively and sorted by name, without hidden ones and `__pycache__`. `dataset` is a name of
+    `tasks.text.hub.DATASETS`, "owner/name" or "owner/name:config". Documents that are not UTF-8 are skipped and named
+    in the result, empty ones (null in a record, too) are left out and counted. `max_documents` stops after the first so
+    many; `subset_size` draws so many of them by lot, the same every time (0: takes all).
 
-    Raises FileNotFoundError (no such path), PermissionError, ImportError (Parquet without pyarrow) and ValueError (a
-    broken line, a missing field, a field that is no text, or no document at all).
+    Raises FileNotFoundError (no such path or dataset), PermissionError, ConnectionError (no Hub), ImportError (Parquet
+    without pyarrow, a dataset without datasets) and ValueError (a broken line, a missing field, a field that is no
+    text, or no document at all).
     """
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents must be at least 1, got {max_documents}.")
-    files = _files_below(paths) if paths else _standard_library()
-    source = ", ".join(map(str, paths)) if paths else f"Python {platform.python_version()} standard library"
+    if subset_size < 0:
+        raise ValueError(f"subset_size must be at least 1, or 0 for all documents, got {subset_size}.")
+    source = open_source(paths, dataset=dataset, text_field=text_field)
 
-    digest = hashlib.sha256()
-    documents: list[Document] = []
     skipped: list[str] = []
-    num_bytes = num_empty = 0
-    for name, content in _read_all(files, text_field):
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError:
-            skipped.append(name)
-            continue
-        if not text:
-            num_empty += 1
-            continue
-        documents.append(Document(name, text))
-        num_bytes += len(content)
-        for part in (name.encode("utf-8", "surrogateescape"), content):  # lengths first: no two corpora read the same
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        if len(documents) == max_documents:
-            break
+    num_empty = 0
 
+    def readable() -> Iterator[Document]:
+        nonlocal num_empty
+        for name, content in source.documents():
+            text = decode(content)
+            if text:
+                yield Document(name, text)
+            elif text is None:
+                skipped.append(name)
+            else:
+                num_empty += 1
+
+    documents = list(_draw(itertools.islice(readable(), max_documents), subset_size))
     if not documents:
-        reason = f"{num_empty} are empty, {len(skipped)} are not UTF-8" + (f" ({_some(skipped)})" if skipped else "")
-        raise ValueError(f"There is no text in {source}: of {num_empty + len(skipped)} documents {reason}.")
-    return Corpus(tuple(documents), source, digest.hexdigest(), num_bytes, tuple(skipped), num_empty)
+        reason = f"{num_empty} are empty, {len(skipped)} are not UTF-8" + (f" ({some(skipped)})" if skipped else "")
+        raise ValueError(f"There is no text in {source.name}: of {num_empty + len(skipped)} documents {reason}.")
+    fingerprint = Fingerprint()
+    for document in documents:
+        fingerprint.add(document)
+    return Corpus(tuple(documents), source.name, fingerprint.sha256, fingerprint.num_bytes, tuple(skipped), num_empty)
+
+
+def decode(content: bytes) -> str | None:
+    """The text, None if it is not UTF-8."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _draw(documents: Iterable[Document], count: int) -> Iterable[Document]:
+    """`count` documents with the lowest lots, in their order; only so many are held at a time."""
+    if not count:
+        return documents
+    lots = np.random.default_rng(SUBSET_SEED)
+    drawn = heapq.nsmallest(count, ((lots.random(), place, one) for place, one in enumerate(documents)))
+    return [document for _, document in sorted((place, document) for _, place, document in drawn)]
+
+
+class Fingerprint:
+    """SHA-256 over the names and contents of documents, and how many bytes of text they are."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def add(self, document: Document) -> None:
+        content = document.text.encode()
+        self.num_bytes += len(content)
+        # Lengths first: no two corpora read the same.
+        for part in (document.name.encode("utf-8", "surrogateescape"), content):
+            self._digest.update(len(part).to_bytes(8, "little"))
+            self._digest.update(part)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+# --------------------------------------------------------------------------------------------------------------- split
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Which texts are for validation: about 5 % of them, by their content alone."""
+
+    lowest: float
+    cut: float
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Holdout:
+        """The rule that puts at least one of `texts` on either side. Raises ValueError if they are all the same."""
+        keys = [_uniform_hash(text) for text in texts]
+        lowest, highest = min(keys), max(keys)
+        if lowest == highest:
+            raise ValueError(
+                f"All {len(texts)} documents hold the same text, so none is left to validate on: give others."
+            )
+        return cls(lowest, min(VAL_FRACTION, highest))
+
+    def __contains__(self, text: str) -> bool:
+        key = _uniform_hash(text)
+        return key < self.cut or key == self.lowest
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -110,16 +212,11 @@ def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list
     """
     if len(documents) == 1:
         return _split_one(documents[0])
-    keys = [_uniform_hash(document.text) for document in documents]
-    lowest, highest = min(keys), max(keys)
-    if lowest == highest:
-        raise ValueError(
-            f"All {len(documents)} documents hold the same text, so none is left to validate on: give others."
-        )
-    cut = min(max(VAL_FRACTION, lowest), highest)
-    in_val = [key < cut or key == lowest for key in keys]
-    train = [document for document, held_out in zip(documents, in_val, strict=True) if not held_out]
-    val = [document for document, held_out in zip(documents, in_val, strict=True) if held_out]
+    holdout = Holdout.of([document.text for document in documents])
+    train: list[Document] = []
+    val: list[Document] = []
+    for document in documents:
+        (val if document.text in holdout else train).append(document)
     return train, val
 
 
@@ -136,127 +233,3 @@ def _split_one(document: Document) -> tuple[list[Document], list[Document]]:
 def _uniform_hash(text: str) -> float:
     """A number in [0, 1) that is a pure function of the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def _standard_library() -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = frozenset({"__pycache__", "site-packages", "dist-packages"})
-    files = [(name, path) for name, path in _walk(root, skip) if path.suffix == ".py"]
-    if not files:
-        raise FileNotFoundError(
-            f"This Python has no standard library sources in {root}: name some text with --data PATH."
-        )
-    return files
-
-
-def _files_below(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
-    if isinstance(paths, str | Path):
-        raise TypeError(f"paths must be a list of paths, got the single path {str(paths)!r}: write [{str(paths)!r}].")
-    files: list[tuple[str, Path]] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            prefix = path.resolve().name
-            files += [(f"{prefix}/{name}", file) for name, file in _walk(path, frozenset({"__pycache__"}))]
-        elif path.exists():
-            files.append((path.name, path))
-        else:
-            raise FileNotFoundError(f"There is no file or folder {path}: check the path given as --data.")
-    return files
-
-
-def _walk(root: Path, skip: frozenset[str]) -> list[tuple[str, Path]]:
-    """(relative name, path) of the files below root, sorted by name, without hidden ones and folders in `skip`."""
-
-    def refuse(error: OSError) -> None:  # os.walk would pass over an unreadable folder in silence
-        raise _unreadable(error.filename, error) from error
-
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
-    return sorted(found)
-
-
-def _unreadable(path: str | Path, error: OSError) -> OSError:
-    kind = PermissionError if isinstance(error, PermissionError) else OSError
-    return kind(f"Cannot read {path} ({error.strerror}): make it readable for this user or leave it out of --data.")
-
-
-# -------------------------------------------------------------------------------------------------------------- formats
-
-
-def _read_all(files: list[tuple[str, Path]], text_field: str | None) -> NamedBytes:
-    for name, path in files:
-        try:
-            if path.suffix in (".jsonl", ".ndjson"):
-                yield from _read_jsonl(name, path, text_field)
-            elif path.suffix == ".parquet":
-                yield from _read_parquet(name, path, text_field)
-            else:
-                yield name, path.read_bytes()
-        except OSError as error:
-            raise _unreadable(path, error) from error
-
-
-def _read_jsonl(name: str, path: Path, text_field: str | None) -> NamedBytes:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                yield f"{name}:{number}", line  # the caller finds it undecodable and names it
-                continue
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}); a .jsonl file holds one object a line.") from error
-            if not isinstance(record, dict):
-                raise ValueError(f'{where}: expected an object such as {{"text": "…"}}, found {line[:40]!r}.')
-            value = record[_choose_field(record, text_field, where)]
-            if not isinstance(value, str | None):
-                raise ValueError(f"{where}: the text field must hold a string, found {type(value).__name__}.")
-            # JSON can spell lone surrogates, which are not UTF-8: let them through for the caller to find.
-            yield f"{name}:{number}", (value or "").encode("utf-8", "surrogatepass")
-
-
-def _read_parquet(name: str, path: Path, text_field: str | None) -> NamedBytes:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(f"Reading {path} needs pyarrow: pip install pyarrow.") from error
-    try:
-        with pq.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            field = _choose_field(schema.names, text_field, str(path))
-            kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ValueError(f"{path}: the text field must hold strings, {field!r} holds {kind}.")
-            row = 0
-            for batch in table.iter_batches(columns=[field]):
-                for value in batch.column(0).cast(pa.large_binary()):
-                    row += 1
-                    yield f"{name}:{row}", value.as_py() or b""
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error}).") from error
-
-
-def _choose_field(fields: Sequence[str] | dict, text_field: str | None, where: str) -> str:
-    wanted = (text_field,) if text_field else TEXT_FIELDS
-    for field in wanted:
-        if field in fields:
-            return field
-    has = ", ".join(fields) or "none"
-    raise ValueError(
-        f"{where}: no field named {' or '.join(wanted)}; it has {has}. Name the one with the text (text_field)."
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,18 +29,32 @@ def pack(texts: Sequence[str], tokenizer: Tokenizer, *, progress: bool = False) 
     `progress` shows a bar where stderr is a terminal. A text beyond 2^20 characters is tokenized in pieces that end
     with a line, so no token spans their seams.
     """
-    eos = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
-    parts: list[np.ndarray] = []
     total = sum(map(len, texts))
     with tqdm(total=total, unit="char", unit_scale=True, desc="tokenizing", disable=None if progress else True) as bar:
-        for batch in _batches(texts):
-            encoded = tokenizer.encode_batch([piece for _, piece in batch])
-            for (starts_document, piece), ids in zip(batch, encoded, strict=True):
-                if starts_document:
-                    parts.append(eos)
-                parts.append(ids)
-                bar.update(len(piece))
-    return np.concatenate([*parts, eos])
+
+        def counted() -> Iterator[str]:
+            for text in texts:
+                yield text
+                bar.update(len(text))
+
+        parts = [ids for _, ids in encode(counted(), tokenizer)]
+    return np.concatenate([*parts, end_of_text(tokenizer)])
+
+
+def encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[bool, np.ndarray]]:
+    """(whether a text begins here, the ids of a piece of it); the first piece of a text starts with eos.
+
+    Reads about BATCH_CHARS characters ahead of what it gives.
+    """
+    eos = end_of_text(tokenizer)
+    for batch in _batches(texts):
+        encoded = tokenizer.encode_batch([piece for _, piece in batch])
+        for (begins, _), ids in zip(batch, encoded, strict=True):
+            yield begins, np.concatenate([eos, ids]) if begins else ids
+
+
+def end_of_text(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
@@ -60,6 +75,33 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
             start = stop
     if batch:
         yield batch
+
+
+def window(tokens: np.ndarray, index: int, seq_len: int, eos_id: int) -> dict[str, Tensor]:
+    """Window `index` of tokens [N], as `PackedDataset` gives it."""
+    start = index * seq_len
+    chunk = torch.from_numpy(tokens[start : start + seq_len + 1].astype(np.int64))
+    num_targets = len(chunk) - 1
+    input_ids = torch.full((seq_len,), eos_id, dtype=torch.int64)
+    labels = torch.full((seq_len,), IGNORE_INDEX, dtype=torch.int64)
+    input_ids[:num_targets] = chunk[:-1]
+    labels[:num_targets] = chunk[1:]
+    return {"input_ids": input_ids, "labels": labels, "reset": input_ids == eos_id}
+
+
+def num_windows(num_tokens: int, seq_len: int) -> int:
+    """Windows of seq_len targets, the last one perhaps shorter, in a stream of so many tokens."""
+    return -(-(num_tokens - 1) // seq_len)
+
+
+class Windows(Protocol):
+    """A split: items by index, and the tokens that stand for it when tokens are counted."""
+
+    tokens: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 class PackedDataset:
@@ -83,19 +125,12 @@ class PackedDataset:
             raise ValueError(f"{path} holds {len(self.tokens)} tokens: a window needs an input and a target.")
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // self.seq_len)
+        return num_windows(len(self.tokens), self.seq_len)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        start = index * self.seq_len
-        chunk = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
-        num_targets = len(chunk) - 1
-        input_ids = torch.full((self.seq_len,), self.eos_id, dtype=torch.int64)
-        labels = torch.full((self.seq_len,), IGNORE_INDEX, dtype=torch.int64)
-        input_ids[:num_targets] = chunk[:-1]
-        labels[:num_targets] = chunk[1:]
-        return {"input_ids": input_ids, "labels": labels, "reset": input_ids == self.eos_id}
+        return window(self.tokens, index, self.seq_len, self.eos_id)
 
     # A loader's workers get the path, not the tokens.
     def __getstate__(self) -> dict:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
@@ -19,6 +21,7 @@ EOS_TOKEN = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 BYTES_FORMAT = {"type": "tenfold-bytes"}  # all that the file of a byte tokenizer says
 MIN_BPE_VOCAB_SIZE = 257  # every byte, and the end of text
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(?<!\.json)")
 # Every byte that UTF-8 uses, and what tokenizers like to change: spaces, line ends, combining accents, special tokens.
 PROBE = f"  e\u0301\r\n {EOS_TOKEN} " + "".join(map(chr, (*range(0x801), *range(0x1000, 0x110000, 0x1000))))
 
@@ -136,12 +139,17 @@ class BPETokenizer(Tokenizer):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read `tokenizer.json`, or the one in a folder: written by `save`, or a byte-level BPE of the Hugging Face format.
 
+    What is neither and reads like a name of the Hub's, "gpt2" or "owner/name", is fetched from there, once.
+
     Raises FileNotFoundError if there is none, ValueError if it is unreadable or not exact (see `BPETokenizer`).
     """
-    path = Path(path)
-    file = path / TOKENIZER_FILE if path.is_dir() else path
+    file = Path(path)
+    if file.is_dir():
+        file = file / TOKENIZER_FILE
+    elif not file.exists() and HUB_NAME.fullmatch(str(path)):
+        file = _fetch(str(path))
     if not file.is_file():
-        raise FileNotFoundError(f"There is no tokenizer {file}: name bpe, bytes or a tokenizer.json.")
+        raise FileNotFoundError(f"There is no tokenizer {file}: name bpe, bytes, a tokenizer.json or one of the Hub's.")
     content = file.read_bytes()
     try:
         parsed = json.loads(content)
@@ -154,6 +162,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{file} is not a tokenizer of the Hugging Face format ({error}).") from error
     return BPETokenizer(backend)
+
+
+def _fetch(name: str) -> Path:
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, TOKENIZER_FILE))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"There is no tokenizer {name} here, and the Hub can't be reached or has none to give "
+            f"({type(error).__name__}): name bpe, bytes, a tokenizer.json or one of the Hub's."
+        ) from error
 
 
 def _pieces(backend: tokenizers.Tokenizer) -> list[bytes]:
@@ -177,6 +195,19 @@ def _pieces(backend: tokenizers.Tokenizer) -> list[bytes]:
     return pieces
 
 
+_threads_used = False
+
+
 def _configure_threads() -> None:
-    # Left unset, the library warns and goes single-threaded when a loader forks its workers, which never tokenize.
+    # Left unset, the library warns and goes single-threaded when a loader forks its workers.
+    global _threads_used
+    _threads_used = True
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _after_fork() -> None:
+    if _threads_used:  # a forked child has none of the library's threads, and would wait for them for ever
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+os.register_at_fork(after_in_child=_after_fork)

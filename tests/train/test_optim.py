@@ -66,7 +66,15 @@ def test_groups_hold_every_parameter_once_and_only_matrices_decay():
     assert groups["fp32"]["lr_scale"] < 1
 
 
-@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_eight_bit_states_need_a_library_and_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for found, sentence in ((object(), "needs a GPU; on a CPU take"), (None, "pip install bitsandbytes")):
+        monkeypatch.setattr("train.engine.optim.find_spec", lambda name, found=found: found)
+        with pytest.raises(ValueError, match=sentence):
+            make_optimizer(ToyModel(), TrainingConfig(optimizer="adamw8bit"))
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(OptimizerName) if name != "adamw8bit"])
 def test_every_optimizer_takes_a_step_downhill(name):
     torch.manual_seed(0)
     model = ToyModel()

@@ -28,6 +28,20 @@ def test_the_order_of_a_step_needs_no_history():
     assert (jumped.items(29) == last).all()
 
 
+def test_blocks_keep_items_near_their_place():
+    order = DataOrder(40, 7, seed=0, block=8)
+    stream = np.concatenate([order.items(step) for step in range(12)])[:80].reshape(10, 8)
+    for number, items in enumerate(stream):
+        assert sorted(items) == list(range(number % 5 * 8, number % 5 * 8 + 8))
+    assert (stream[0] != stream[1] - 8).any() and (stream[0] != stream[5]).any()
+    assert (DataOrder(40, 7, seed=0, block=8).items(11) == order.items(11)).all()
+    assert (DataOrder(40, 7, seed=0, block=40).items(3) == DataOrder(40, 7, seed=0).items(3)).all()
+    assert max(DataOrder(2**33, 4, seed=0, block=2**13).items(10**6)) < 2**23  # only one block is ever permuted
+    for block in (0, 7):
+        with pytest.raises(ValueError, match="must divide the 40 items"):
+            DataOrder(40, 7, seed=0, block=block)
+
+
 def test_processes_and_micro_batches_share_a_step_out():
     order = DataOrder(40, 12, seed=0)
     parts = [list(islice(MicroBatches(order, 4, rank, 3, per_step=2), 2)) for rank in range(3)]

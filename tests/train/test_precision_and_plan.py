@@ -5,13 +5,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.ten import TEN
-from tasks.text import TextTask
 from train.engine import ConfigError, TrainingConfig
 from train.engine.backend import Backend
+from train.engine.fit import fit
 from train.engine.plan import make_plan, measure
 from train.engine.precision import choose_precision, matmul_rate
-from train.language import TINY
+from train.engine.run_folder import write_json
 
 CPU = torch.device("cpu")
 
@@ -54,15 +53,17 @@ class TwoLayers(nn.Module):
         return {"loss": self.b(torch.relu(self.a(x))).sum()}
 
 
-def test_flops_and_kept_bytes_are_counted_without_computing():
-    cost = measure(TwoLayers(), {"x": torch.zeros(32, 8)}, None)
+def test_flops_and_bytes_are_counted_without_computing():
+    batch = {"x": torch.zeros(32, 8)}
+    cost = measure(TwoLayers(), batch, None)
     forward = 2 * 32 * (8 * 16 + 16 * 4)
     assert cost.flops == 2 * forward + 2 * 32 * 16 * 4  # the first layer's input needs no gradient
-    assert cost.activation_bytes == 4 * 32 * 16  # relu's output, which both relu and b keep
-    assert (
-        measure(TwoLayers(), {"x": torch.zeros(32, 8)}, torch.bfloat16).activation_bytes
-        < 4 * 32 * 16 + 2 * 32 * 8 + 1024
-    )
+    # When relu's gradient is made: its output, that one's gradient, the result; b's gradient; the loss and its own.
+    assert cost.peak_bytes == 4 * (3 * 32 * 16 + 16 * 4 + 2)
+    assert measure(TwoLayers(), batch, torch.bfloat16).peak_bytes < cost.peak_bytes
+    # From the second micro-batch on, all gradients are there.
+    second = measure(TwoLayers(), batch, None, micro_batches=2)
+    assert second.peak_bytes == 4 * (3 * 32 * 16 + 8 * 16 + 16 + 16 * 4 + 2) and second.flops == cost.flops
 
 
 class Recomputed(TwoLayers):
@@ -70,10 +71,29 @@ class Recomputed(TwoLayers):
         return {"loss": checkpoint(lambda x: self.b(torch.relu(self.a(x))), x, use_reentrant=False).sum()}
 
 
-def test_recomputing_trades_kept_bytes_for_flops():
+class Chain(nn.Module):
+    """Activations of eight blocks are kept or, with `gradient_checkpointing`, made again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(8))
+        self.gradient_checkpointing = False
+
+    def forward(self, x, num_items=None):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
+        return {"loss": x.square().sum()}
+
+
+def test_recomputing_trades_bytes_for_flops():
+    batch = {"x": torch.zeros(512, 64)}
     plain, saving = (measure(model(), {"x": torch.zeros(32, 8)}, None) for model in (TwoLayers, Recomputed))
     # The second matmul isn't made again: torch stops where backward has what it needs.
-    assert saving.activation_bytes == 0 and saving.flops == plain.flops + 2 * 32 * 8 * 16
+    assert saving.flops == plain.flops + 2 * 32 * 8 * 16
+    model = Chain()
+    kept = measure(model, batch, None)
+    model.gradient_checkpointing = True
+    assert measure(model, batch, None).peak_bytes < kept.peak_bytes
 
 
 def test_training_and_evaluation_run_in_the_precision_they_say(make_trainer):
@@ -97,11 +117,9 @@ def test_a_model_whose_work_depends_on_its_data_still_gets_a_plan(make_trainer):
 
 
 def test_the_plans_flops_leave_recomputation_out_as_mfu_does():
-    task = TextTask.tiny(seq_len=32)
-    batch = task.collate([task.train[0], task.train[1]])
-    plans = []
+    batch, plans = {"x": torch.zeros(512, 64)}, []
     for recompute in (False, True):
-        model, config = TEN(TINY), TrainingConfig(gradient_checkpointing=recompute, cpu=True, mixed_precision="no")
+        model, config = Chain(), TrainingConfig(gradient_checkpointing=recompute, cpu=True, mixed_precision="no")
         model.gradient_checkpointing = recompute
         plans.append(make_plan(model, config, batch, 1, Backend(config)))
         assert model.gradient_checkpointing == recompute
@@ -118,3 +136,51 @@ def test_the_plan_adds_up(make_trainer):
     assert plan.memory["optimizer"] == 8 * parameters
     assert plan.flops_per_step == 3 * measure(TwoLayers(), {"x": torch.zeros(32, 8)}, None).flops
     assert plan.fits
+
+
+def toy(config: TrainingConfig) -> Chain:
+    return Chain()
+
+
+class Vectors:
+    """1,024 items of 64 numbers."""
+
+    train = val = range(1024)
+
+    def collate(self, items):
+        return {"x": torch.zeros(len(items), 64)}
+
+
+def fitted(make_trainer, monkeypatch, free_bytes: int, say=lambda *lines: None, **settings):
+    trainer = make_trainer(batch_size=512, **settings)
+    monkeypatch.setattr("train.engine.plan.free_memory", lambda device: free_bytes)
+    monkeypatch.setattr("train.engine.plan.process_bytes", lambda device: 0)
+    monkeypatch.setattr("train.engine.plan.LATER_BYTES", 0)
+    return fit(trainer.config, toy, Vectors(), trainer.backend, say)
+
+
+def test_a_run_is_changed_no_more_than_its_memory_demands(make_trainer, monkeypatch):
+    said: list[str] = []
+    config, plan = fitted(make_trainer, monkeypatch, 10_000_000, lambda *lines: said.extend(lines))
+    assert plan.fits and (config.micro_batch_size, config.gradient_checkpointing) == (None, False) and not said
+
+    config, plan = fitted(make_trainer, monkeypatch, 3_500_000, lambda *lines: said.extend(lines))
+    assert plan.fits and (config.micro_batch_size, config.gradient_checkpointing) == (256, False)
+    assert "as given: does not fit" in said[0] and said[-1].endswith("taken: --micro_batch_size 256")
+
+    # What the user decided stays; recomputing is all that is left.
+    config, plan = fitted(make_trainer, monkeypatch, 3_500_000, micro_batch_size=512)
+    assert plan.fits and (config.micro_batch_size, config.gradient_checkpointing) == (512, True)
+
+
+def test_what_cannot_fit_is_a_sentence_with_numbers_before_anything_is_built(make_trainer, monkeypatch):
+    with pytest.raises(ConfigError, match=r"(?s)does not fit this machine.*given.*GiB.*size 1.*checkpoint"):
+        fitted(make_trainer, monkeypatch, 1000)
+
+
+def test_a_resumed_run_keeps_what_it_was_fitted_to(make_trainer, monkeypatch):
+    config, _ = fitted(make_trainer, monkeypatch, 3_500_000)
+    config.run_dir.mkdir()
+    write_json(config.run_dir / "config.json", config.to_dict())
+    again, _ = fitted(make_trainer, monkeypatch, 10_000_000)
+    assert again.micro_batch_size == 256

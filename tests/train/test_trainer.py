@@ -318,16 +318,15 @@ def test_early_stopping(make_trainer):
     assert results.stopped_by == "early_stopping" and results.steps == 4
 
 
-def test_plan_exits_by_whether_it_fits(make_trainer, monkeypatch, capsys):
+def test_plan_exits_by_whether_it_fits(make_trainer, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as fits:
-        make_trainer(plan=True).train()
+        make_trainer(plan=True)
     monkeypatch.setattr("train.engine.plan.free_memory", lambda device: 1000)
-    trainer = make_trainer(plan=True)
     with pytest.raises(SystemExit) as too_big:
-        trainer.train()
+        make_trainer(plan=True)
     assert (fits.value.code, too_big.value.code) == (0, 1)
     assert "does not fit" in capsys.readouterr().out
-    assert trainer.config.run_dir is not None and not trainer.config.run_dir.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_results_and_report_say_what_happened(make_trainer):

@@ -1,11 +1,16 @@
-"""What differs between launches: one process and DDP; FSDP2 and DeepSpeed come in through the same few methods."""
+"""What differs between launches. Here: one process and DDP; sharded.py has FSDP2 and zero.py DeepSpeed.
+
+All of them answer to the same methods, so that the loop reads the same under each.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,42 +19,82 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from train.engine.checkpoint import load_weights
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.precision import choose_precision, use_all_cores
 
 T = TypeVar("T")
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-# What `accelerate launch` sets for the launches that this version does not train under.
-FOREIGN = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
+
+
+def launched_with() -> str:
+    """ "DeepSpeed", "FSDP2", or "DDP" for what stands in one process too. Raises ConfigError for FSDP1 and meshes."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "DDP"
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "the launch config asks for FSDP version 1, which keeps no fp32 parameter beside 16-bit ones; "
+            "launch with accelerate_configs/fsdp2.yaml, which says fsdp_version: 2"
+        )
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ConfigError("the launch config has a parallelism_config, and FSDP2 here shards over all processes alike")
+    return "FSDP2"
 
 
 def process_state(config: TrainingConfig) -> PartialState:
-    """Who we are among the processes of this launch. Raises ConfigError where the launch is not what it seems."""
-    for variable, name in FOREIGN.items():
-        if parse_flag_from_env(variable):
+    """Who we are among the processes of this launch. Raises ConfigError where the machine lacks what it is made for."""
+    launch, launched = launched_with(), int(os.environ.get("WORLD_SIZE", "1"))
+    if launch == "DeepSpeed" and find_spec("deepspeed") is None:
+        raise ConfigError("the launch config asks for DeepSpeed, which is not here: pip install deepspeed transformers")
+    # -1 is CUDA's word for no GPU at all; accelerate_configs/cpu_two_processes.yaml says it.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
+    on_cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
+    if not on_cpu and not torch.accelerator.is_available():
+        if launched > 1 or launch == "FSDP2":
             raise ConfigError(
-                f"this version trains in one process or with DDP, not under {name}; "
-                "launch with accelerate_configs/single_gpu.yaml or multi_gpu.yaml"
+                f"the launcher started {launched} process(es) for {launch}, and torch sees no GPU here; "
+                "set ACCELERATE_USE_CPU=1 to train with them on the CPU"
             )
-    state = PartialState(cpu=config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+        on_cpu = launch == "DeepSpeed"  # or its process group would be looked for on GPUs
+    state = PartialState(cpu=on_cpu)
     if launched != state.num_processes:
         raise ConfigError(
-            f"the launcher started {launched} processes, but without GPUs they do not find each other; "
+            f"the launcher started {launched} processes, but they do not find each other on {state.device}; "
             "set ACCELERATE_USE_CPU=1 to train with them on the CPU"
         )
     return state
 
 
+def open_backend(config: TrainingConfig, begun_in: str | None = None) -> Backend:
+    """The backend of this launch. begun_in: the precision of the run that goes on, if one does."""
+    launch = launched_with()
+    if launch == "DeepSpeed":
+        from train.engine.zero import ZeroBackend  # here, because few have deepspeed and it takes seconds to import
+
+        return ZeroBackend(config, begun_in)
+    if launch == "FSDP2":
+        from train.engine.sharded import FSDP2Backend  # here, because it builds on the class below
+
+        return FSDP2Backend(config, begun_in)
+    return Backend(config, begun_in)
+
+
 class Backend:
-    """Process group, device, precision, and how a gradient is made and applied.
+    """Process group, device, precision, and how a gradient is made and applied: in one process, or with DDP.
 
     A model returns loss / N with N the items of all processes, and DDP averages gradients over its R processes:
     `backward` therefore takes R times the loss, and any split of a batch gives the same gradient.
     """
 
+    name = "one process or DDP"
+    # Whether every process keeps optimizer state of its own, and whether a forward needs all of them to take part.
+    sharded = collective = False
+    scaler: torch.amp.GradScaler | None = None
+
     def __init__(self, config: TrainingConfig, begun_in: str | None = None) -> None:
-        state = process_state(config)
+        self.config, state = config, process_state(config)
         self.device: torch.device = state.device
         self.rank, self.world_size, self.is_main = state.process_index, state.num_processes, state.is_main_process
         if self.device.type == "cpu":
@@ -59,12 +104,25 @@ class Backend:
         else:
             choice = self.on_main(lambda: choose_precision(config.mixed_precision, self.device))
             self.precision, self.precision_reason = choice
+        self._connect()
+
+    def _connect(self) -> None:
         AcceleratorState._reset_state()  # Scripts that train several models may do so in several precisions.
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
+        self.scaler = self.accelerator.scaler
         self.is_ddp = self.accelerator.distributed_type in DDP
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """The model as the loop calls it: on its device, in its precision, with its hooks."""
+    @property
+    def memory_shares(self) -> dict[str, float]:
+        """What part of the weights, gradients, optimizer, EMA a process's device holds; all where it isn't named."""
+        return {}
+
+    def place(self, model: nn.Module) -> None:
+        """Put a model where it is trained or averaged, in place; before an optimizer sees its parameters."""
+        model.to(self.device)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int) -> nn.Module:
+        """The placed model as the loop calls it, `micro_batches` times a step: in its precision, with its hooks."""
         self.inner = model
         self.optimizer = optimizer
         self.model, self.prepared_optimizer = self.accelerator.prepare(model, optimizer)
@@ -73,6 +131,8 @@ class Backend:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return self.model
 
+    # ---- a step --------------------------------------------------------------------------------------------------
+
     @property
     def skips_on_device(self) -> bool:
         """Whether a verdict can reach the optimizer without being read.
@@ -80,7 +140,7 @@ class Backend:
         Fused Adam does it. Fused SGD does too, but a skipped first step leaves its momentum uninitialised (torch 2.13).
         """
         fused_adam = isinstance(self.optimizer, torch.optim.Adam) and self.optimizer.defaults["fused"]
-        return fused_adam and self.accelerator.scaler is None
+        return fused_adam and self.scaler is None
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -111,9 +171,32 @@ class Backend:
             self.prepared_optimizer.step()
         elif not bad.item():
             self.prepared_optimizer.step()
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # an overflow is how the scaler learns its scale
+        elif self.scaler is not None:
+            self.scaler.update()  # an overflow is how the scaler learns its scale
         self.prepared_optimizer.zero_grad()
+
+    # ---- what is kept ------------------------------------------------------------------------------------------
+
+    def whole(self, model: nn.Module, device: torch.device | None = None) -> nn.Module | None:
+        """On process 0 a model with all its weights, None on the others. Collective.
+
+        It is `model` itself where each process has all of it anyway, else a copy on `device`, default the CPU.
+        """
+        return model if self.is_main else None
+
+    def load_weights(self, model: nn.Module, file: Path) -> None:
+        """Fill a placed model from a file of all its weights. Collective. Raises ConfigError if it doesn't fit."""
+        load_weights(model, file)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """For torch.save: this process's own where `sharded`, else the same on all."""
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """What `optimizer_state` returned, after the weights were loaded."""
+        self.optimizer.load_state_dict(state)
+
+    # ---- among the processes -------------------------------------------------------------------------------------
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over processes, the same tensor on all."""
@@ -151,7 +234,7 @@ class Backend:
 
     def wait(self) -> None:
         if self.world_size > 1:
-            self.accelerator.wait_for_everyone()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def move(self, batch: dict) -> dict:
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

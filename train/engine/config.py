@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 import yaml
@@ -27,8 +27,6 @@ ALIASES = {
 # What a resumed run may change: where it stops, what it shows, and what the machine needs. None of it moves a weight.
 LIMITS = {"max_steps", "max_minutes", "epochs", "max_cost", "hourly_rate", "early_stopping_patience"}
 FREE_ON_RESUME = LIMITS | {"num_workers", "cpu", "wandb", "tensorboard"}
-# Fields that say where and what to do now rather than how to train; no config.json holds them.
-ACTIONS = {"run_dir", "resume", "settings", "print_config", "plan"}
 
 
 class ConfigError(ValueError):
@@ -38,6 +36,9 @@ class ConfigError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Settings of the engine; a script's own config inherits them."""
+
+    # Fields that say where and what to do now rather than how to train; no config.json holds them.
+    actions: ClassVar[frozenset[str]] = frozenset({"run_dir", "resume", "settings", "print_config", "plan"})
 
     # Run folder; a new time-stamped one under runs/<script>/ when not given.
     run_dir: Path | None = None
@@ -141,9 +142,21 @@ class TrainingConfig:
             found.append(f"--resume must be auto, never or the path of a run; {self.resume} does not exist")
         return found
 
+    def fittings(self) -> list[dict[str, Any]]:
+        """Changes that may be tried, one upon the other, until a run fits the machine; the first is none to speak of.
+
+        Only what the user left open may change. These two cost time and move no result.
+        """
+        changes: list[dict[str, Any]] = [{}]
+        if self.micro_batch_size is None and self.gradient_accumulation is None:
+            changes.append({"micro_batch_size": 1})
+        if not self.gradient_checkpointing:
+            changes.append({"gradient_checkpointing": True})
+        return changes
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON types, without ACTIONS."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ACTIONS}
+        """The settings as JSON types, without `actions`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.actions}
         return {name: plain(value) for name, value in values.items()}
 
 
@@ -191,7 +204,7 @@ def read_settings(config_class: type[TrainingConfig], path: Path) -> dict[str, A
     if unknown:
         raise ConfigError(f"--settings {path} has unknown names: {', '.join(unknown)}")
     # Through the command line, so that a file's values meet the same parser as a flag's.
-    return {name: value for name, value in values.items() if value is not None and name not in ACTIONS}
+    return {name: value for name, value in values.items() if value is not None and name not in config_class.actions}
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -16,20 +16,28 @@ from train.engine.checkpoint import random_state, set_random_state
 class Predictor:
     """`predict(batch)`: the forward without labels, in evaluation mode and the run's precision, without gradients.
 
-    `model` is the module itself, for tasks that decode. A task that scores n batches asks `share(n)` which of them are
-    this process's, and adds up with `total`.
+    A task that scores n batches asks `share(n)` which of them are this process's, calls once for each, and adds up with
+    `total`. What decodes takes `whole()`. `spare` is a batch that the model can be called with.
     """
 
-    def __init__(self, model: nn.Module, backend: Backend) -> None:
-        self.model, self._backend = model, backend
+    def __init__(self, model: nn.Module, backend: Backend, spare: dict[str, Any]) -> None:
+        self.model, self._backend, self._spare = model, backend, spare
 
     def __call__(self, batch: dict[str, Any]) -> Any:
         with torch.no_grad(), self._backend.autocast():
             return self.model(**self._backend.move(batch))
 
     def share(self, n: int) -> list[int]:
-        """Which of n batches this process scores."""
-        return list(range(self._backend.rank, n, self._backend.world_size))
+        """Which of n batches this process scores. Every process calls it, with the same n."""
+        mine = list(range(self._backend.rank, n, self._backend.world_size))
+        if self._backend.collective and len(mine) * self._backend.world_size < n:
+            self(self._spare)  # Where weights come together for each forward, all processes must make as many.
+        return mine
+
+    def whole(self) -> nn.Module | None:
+        """The model with all its weights, in evaluation mode, on process 0; None on the others. Collective."""
+        model = self._backend.whole(self.model, self._backend.device)
+        return model.eval() if model is not None else None
 
     def total(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Each sum over all processes. Collective: every process calls it, with the same names."""

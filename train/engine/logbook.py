@@ -28,8 +28,9 @@ class Logbook:
         self._last_step = 0
         self._earlier_seconds = 0.0
 
-    def say(self, text: str) -> None:
-        self.bar.say(text)
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self.bar.say(line)
 
     def open(self, run_dir: Path, progress: Progress) -> None:
         """Cut metrics.jsonl back to the checkpoint and open the trackers."""

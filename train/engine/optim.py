@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from train.engine.config import TrainingConfig
 
-OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "nadam", "radam", "rmsprop"]
+OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "nadam", "radam", "rmsprop", "adamw8bit"]
 ScheduleName = Literal["constant", "linear", "cosine", "cosine_restarts", "wsd"]
 
 # A step d in a phase turns the state by T * d after T tokens, so recurrent eigenvalues learn more slowly, as in LRU
@@ -39,8 +40,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def _adamw8bit(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """AdamW whose state takes a byte per number, in blocks of their own scale (arXiv 2110.02861)."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, or take --optimizer adamw"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--optimizer adamw8bit needs a GPU; on a CPU take --optimizer adamw, or adafactor to save memory"
+        )
+    from bitsandbytes.optim import AdamW8bit  # here, because few have it
+
+    return AdamW8bit(*args, **kwargs)
+
+
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The named torch optimizer over `parameter_groups`, fused where torch has it."""
+    """The named optimizer over `parameter_groups`, fused where torch has it for such parameters.
+
+    Raises ValueError where adamw8bit is not to be had.
+    """
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": torch.optim.AdamW,
         "adam": torch.optim.Adam,
@@ -49,13 +68,17 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         "nadam": torch.optim.NAdam,
         "radam": torch.optim.RAdam,
         "rmsprop": torch.optim.RMSprop,
+        "adamw8bit": _adamw8bit,
     }
     # beta2 0.95: the usual value for language models at small batches (arXiv 2005.14165, appendix B).
-    extra = {"adamw": {"betas": (0.9, 0.95)}, "sgd": {"momentum": 0.9, "nesterov": True}}.get(config.optimizer, {})
-    make = classes[config.optimizer]
-    if "fused" in inspect.signature(make).parameters:
+    betas = {"betas": (0.9, 0.95)}
+    extra = {"adamw": betas, "adamw8bit": betas, "sgd": {"momentum": 0.9, "nesterov": True}}.get(config.optimizer, {})
+    groups = parameter_groups(model, config.weight_decay)
+    # Fused SGD has no rule for shards (torch 2.13: "_fused_sgd_ does not have a sharding strategy").
+    on_shards = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+    if config.optimizer in ("adamw", "adam") or (config.optimizer == "sgd" and not on_shards):
         extra = {**extra, "fused": True}
-    return make(parameter_groups(model, config.weight_decay), lr=config.lr, **extra)
+    return classes[config.optimizer](groups, lr=config.lr, **extra)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

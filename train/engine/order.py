@@ -14,27 +14,45 @@ from train.engine.config import ConfigError, TrainingConfig
 
 
 class DataOrder:
-    """Epoch after epoch, each in an order of its own; a step that crosses an epoch's end takes from both."""
+    """Epoch after epoch, each in an order of its own; a step that crosses an epoch's end takes from both.
 
-    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+    With a `block`, a divisor of `num_items`, only the items of a block change places: what streams comes by in order.
+    """
+
+    def __init__(self, num_items: int, batch_size: int, seed: int, block: int | None = None) -> None:
         self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+        self.block = num_items if block is None else block
+        if self.block < 1 or num_items % self.block:
+            raise ValueError(f"block must divide the {num_items} items, got {self.block}.")
+        self._number, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     @property
     def steps_per_epoch(self) -> float:
         return self.num_items / self.batch_size
 
+    def describe(self) -> str:
+        if self.block < self.num_items:
+            return f"a stream, shuffled within every {self.block:,} items"
+        return f"{self.num_items:,} items, {self.steps_per_epoch:,.1f} steps per epoch"
+
     def items(self, step: int) -> np.ndarray:
         """Indices of optimizer step `step`, int64 [batch_size]."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, within = np.divmod(positions, self.num_items)
-        return np.concatenate([self._of_epoch(e)[within[epochs == e]] for e in np.unique(epochs)])
+        numbers, within = np.divmod(positions, self.block)
+        return np.concatenate([self._of_block(n)[within[numbers == n]] for n in np.unique(numbers)])
 
-    def _of_epoch(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = np.random.default_rng([self.seed, int(epoch)]).permutation(self.num_items)
+    def _of_block(self, number: int) -> np.ndarray:
+        """Items of the block with this number, counted on through the epochs; without blocks an epoch is one."""
+        if number != self._number:
+            self._number = number
+            self._permutation = np.random.default_rng([self.seed, int(number)]).permutation(self.block)
+            self._permutation += int(number) * self.block % self.num_items
         return self._permutation
+
+
+def order_of(task: Any, config: TrainingConfig) -> DataOrder:
+    """The order of the task's training items; a stream says as `shuffle_block` how far they may change places."""
+    return DataOrder(len(task.train), config.batch_size, config.seed, getattr(task.train, "shuffle_block", None))
 
 
 class MicroBatches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,66 +12,108 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from train.engine.backend import Backend
 from train.engine.config import TrainingConfig
 from train.engine.optim import parameter_groups
 
 # Bytes of state that an optimizer keeps per parameter; adafactor's rows and columns round to none.
-STATE_BYTES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "rmsprop": 4, "sgd": 4, "adafactor": 0}
+STATE_BYTES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamw8bit": 2, "rmsprop": 4, "sgd": 4, "adafactor": 0}
+# Of the free memory, what a plan may fill: an estimate may be off by this much.
+TRUSTED = 0.85
+# What a process on the CPU comes to use besides tensors after its plan: libraries loaded late, threads, matmul buffers.
+LATER_BYTES = 150 << 20
 # Dense peak of 16-bit matmuls in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One micro-batch, forward and backward."""
+class _Ledger(TorchDispatchMode):
+    """Adds up FLOPs, and the bytes in storages that ops have made and nobody has let go of.
 
-    flops: int
-    activation_bytes: int
+    FlopCounterMode cannot stand beside it: its module hooks hold on to what activation checkpointing recomputes.
+    """
+
+    def __init__(self, ours: list[Tensor]) -> None:
+        super().__init__()
+        self.flops = self.live = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in ours}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=out)
+        if workspace := getattr(func, "workspace_bytes", None):  # what an op takes inside, where it says so
+            self.peak = max(self.peak, self.live + workspace(*args, **kwargs))
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
 
 
 class _OneStep(nn.Module):
     """Forward and backward as one call, so that activation checkpointing finds swapped parameters in backward too."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, keep: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.model, self.dtype, self.keep = model, dtype, keep
+        self.model, self.dtype = model, dtype
 
     def forward(self, batch: dict[str, Any]) -> None:
-        autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype is not None)
-        with autocast, torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t):
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
             loss = self.model(**batch)["loss"]
         loss.backward()
 
 
-def measure(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None) -> Cost:
-    """Run forward and backward on tensors without data, counting matmul FLOPs and what is kept for backward.
+@dataclass(frozen=True)
+class Cost:
+    """One micro-batch, forward and backward. peak_bytes: most that was held at once besides weights and batch."""
 
-    dtype: of autocast, None for none.
+    flops: int
+    peak_bytes: int
+
+
+def measure(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None, micro_batches: int = 1) -> Cost:
+    """Run forward and backward on tensors without data, counting matmul FLOPs and the bytes held.
+
+    dtype: of autocast, None for none. micro_batches: of a step; from the second on, gradients are there already. The
+    model may be made of such tensors itself, so that a model too large for this machine can be measured.
     """
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    step = _OneStep(model, dtype, keep)
-    fake = FakeTensorMode()
-    state = {n: fake.from_tensor(t) for n, t in [*step.named_parameters(), *step.named_buffers()]}
+    step = _OneStep(model, dtype)
+    own = next(model.parameters())
+    fake = own.fake_mode if isinstance(own, FakeTensor) else FakeTensorMode()
+    state = dict([*step.named_parameters(), *step.named_buffers()])
+    if not isinstance(own, FakeTensor):
+        state = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
     inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    ours = {t.untyped_storage()._cdata for t in [*state.values(), *inputs.values()] if isinstance(t, Tensor)}
-    with fake, FlopCounterMode(display=False) as counter:
-        functional_call(step, state, (inputs,))
-    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in ours)
-    return Cost(counter.get_total_flops(), activations)
+    ours = [t for t in [*state.values(), *inputs.values()] if isinstance(t, Tensor)]
+    passes = min(2, micro_batches)
+    with fake, _Ledger(ours) as ledger:
+        for _ in range(passes):
+            functional_call(step, state, (inputs,))
+    for tensor in state.values():
+        tensor.grad = None
+    return Cost(ledger.flops // passes, ledger.peak)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -86,9 +128,14 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
+def process_bytes(device: torch.device) -> int:
+    """What this process holds on the CPU now; a GPU's free memory has it taken off already."""
+    return psutil.Process().memory_info().rss if device.type == "cpu" else 0
+
+
 @dataclass(frozen=True)
 class Plan:
-    """`memory` in bytes by what holds it; `items` are dataset elements."""
+    """`memory` in bytes by what holds it, at the step's peak; `items` are dataset elements."""
 
     parameters: dict[str, int]
     micro_batches: int
@@ -102,13 +149,15 @@ class Plan:
         return sum(self.parameters.values())
 
     @property
+    def needed(self) -> int:
+        return sum(self.memory.values())
+
+    @property
     def fits(self) -> bool:
-        return sum(self.memory.values()) <= self.available
+        return self.needed <= TRUSTED * self.available
 
     def lines(self) -> list[str]:
         groups = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
-        memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.memory.items())
-        needed = sum(self.memory.values()) / 2**30
         flops = "n/a, and activations not counted: what this model computes depends on its data"
         if self.flops_per_step is not None:
             flops = f"{self.flops_per_step / 1e12:.3f} TFLOP per step over all processes"
@@ -116,17 +165,24 @@ class Plan:
             f"parameters  {self.num_parameters:,} ({groups})",
             f"step        {self.items_per_step} items in {self.micro_batches} micro-batch(es) per process",
             f"FLOPs       {flops}",
-            f"memory      {needed:.2f} GiB per process ({memory}); {self.available / 2**30:.2f} GiB free here"
+            f"memory      {self.memory_line()}"
             + ("" if self.fits else " — does not fit: lower --micro_batch_size, or take a smaller model"),
         ]
+
+    def memory_line(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.memory.items())
+        return (
+            f"{self.needed / 2**30:.2f} GiB per process ({parts}); {self.available / 2**30:.2f} GiB there for it, "
+            f"of which a plan may fill {TRUSTED:.0%}"
+        )
 
 
 def make_plan(
     model: nn.Module, config: TrainingConfig, batch: dict[str, Any], micro_batches: int, backend: Backend
 ) -> Plan:
-    """batch: one micro-batch. FLOPs leave recomputation out, as MFU does; activations are what autograd keeps."""
+    """batch: one micro-batch. FLOPs leave recomputation out, as MFU does."""
     try:
-        cost = measure(model, batch, backend.autocast_dtype)
+        cost = measure(model, batch, backend.autocast_dtype, micro_batches)
         flops = cost.flops
         if config.gradient_checkpointing:
             model.gradient_checkpointing = False
@@ -135,22 +191,27 @@ def make_plan(
     except (DataDependentOutputException, DynamicOutputShapeException):
         cost, flops = None, None
     groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in parameter_groups(model, config.weight_decay)}
-    trained = sum(groups.values())
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     memory = {
         "weights": weights,
-        "gradients": 4 * trained,
-        "optimizer": STATE_BYTES[config.optimizer] * trained,
+        "gradients": gradients,
+        "optimizer": STATE_BYTES[config.optimizer] * sum(groups.values()),
     }
     if cost is not None:
-        memory["activations"] = cost.activation_bytes
+        memory["activations"] = max(0, cost.peak_bytes - gradients)
     if config.ema_decay:
         memory["EMA"] = weights
+    memory = {name: round(size * backend.memory_shares.get(name, 1.0)) for name, size in memory.items()}
+    allocated = 0 if isinstance(next(model.parameters()), FakeTensor) else weights
+    process = process_bytes(backend.device)
+    if backend.device.type == "cpu":
+        memory["process"] = max(0, process - allocated) + LATER_BYTES
     return Plan(
         parameters=groups,
         micro_batches=micro_batches,
         items_per_step=config.batch_size,
         flops_per_step=None if flops is None else flops * micro_batches * backend.world_size,
         memory=memory,
-        available=free_memory(backend.device),
+        available=free_memory(backend.device) + process,
     )

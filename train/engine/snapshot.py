@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from train.engine.backend import Backend
-from train.engine.checkpoint import Checkpoints, load_weights, random_state, save_weights, set_random_state
+from train.engine.checkpoint import Checkpoints, random_state, save_weights, set_random_state
 from train.engine.config import ConfigError
 from train.engine.guard import Guard
 from train.engine.limits import Intervals
@@ -81,16 +81,20 @@ class Snapshot:
     def _write(self) -> None:
         backend, progress = self.backend, self.progress
         aside = backend.broadcast(self.checkpoints.begin(progress.step) if backend.is_main else None)
-        torch.save({"random": random_state(), "meter": self.meter.state_dict()}, aside / f"rank-{backend.rank}.pt")
+        optimizer = backend.optimizer_state() if backend.sharded or backend.is_main else None
+        mine = {"random": random_state(), "meter": self.meter.state_dict()}
+        torch.save({**mine, "optimizer": optimizer if backend.sharded else None}, aside / f"rank-{backend.rank}.pt")
+        model = backend.whole(self.model)
+        averaged = backend.whole(self.ema.module) if self.ema is not None else None
         if backend.is_main:
-            save_weights(self.model, aside)
-            if self.ema is not None:
-                save_model(self.ema.module, str(aside / "ema.safetensors"))
-            scaler = backend.accelerator.scaler
+            save_weights(model, aside)
+            if averaged is not None:
+                save_model(averaged, str(aside / "ema.safetensors"))
             state = {
-                "optimizer": self.optimizer.state_dict(),
+                "launch": backend.name,
+                "optimizer": None if backend.sharded else optimizer,
                 "guard": self.guard.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
+                "scaler": backend.scaler.state_dict() if backend.scaler is not None else None,
                 "averaged": int(self.ema.n_averaged) if self.ema is not None else 0,
             }
             torch.save(state, aside / "optimizer.pt")
@@ -101,22 +105,28 @@ class Snapshot:
 
     def read(self, folder: Path) -> None:
         """Bring every object back to what it was when `folder` was written. Raises ConfigError if it doesn't fit."""
-        writers, readers = len(list(folder.glob("rank-*.pt"))), self.backend.world_size
+        backend = self.backend
+        writers, readers = len(list(folder.glob("rank-*.pt"))), backend.world_size
         if writers != readers:
             raise ConfigError(
                 f"{folder} was written by {writers} process(es) and this launch has {readers}; "
                 "an exact resume needs as many"
             )
-        load_weights(self.model, folder / "model.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["launch"] != backend.name:
+            raise ConfigError(
+                f"{folder} was written under {state['launch']} and this launch is {backend.name}; "
+                "an exact resume needs the same launch config"
+            )
+        mine = torch.load(folder / f"rank-{backend.rank}.pt", map_location="cpu", weights_only=True)
+        backend.load_weights(self.model, folder / "model.safetensors")
+        backend.load_optimizer_state(mine["optimizer"] if backend.sharded else state["optimizer"])
         self.guard.load_state_dict(state["guard"])
-        if self.backend.accelerator.scaler is not None:
-            self.backend.accelerator.scaler.load_state_dict(state["scaler"])
+        if backend.scaler is not None:
+            backend.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            load_weights(self.ema.module, folder / "ema.safetensors")
+            backend.load_weights(self.ema.module, folder / "ema.safetensors")
             self.ema.n_averaged.fill_(state["averaged"])
-        mine = torch.load(folder / f"rank-{self.backend.rank}.pt", map_location="cpu", weights_only=True)
         self.meter.load_state_dict(mine["meter"])
         set_random_state(mine["random"])
         self.progress.load(read_json(folder / "trainer.json"))

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from train.engine.backend import Backend
+from train.engine.backend import open_backend
 from train.engine.checkpoint import KEEP_BEST, Checkpoints, find_checkpoint
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.evaluation import Predictor, aside
+from train.engine.fit import first_micro_batch, fit, recompute_if_asked
 from train.engine.guard import PATIENCE, Guard, TrainingBroken
 from train.engine.limits import Intervals, Limits
 from train.engine.logbook import Logbook
 from train.engine.metrics import Row, Stopwatch
 from train.engine.optim import learning_rate, make_optimizer, set_learning_rate
-from train.engine.order import DataOrder, MicroBatches, micro_batches_per_step, windows
+from train.engine.order import MicroBatches, micro_batches_per_step, order_of, windows
 from train.engine.plan import make_plan
 from train.engine.precision import synchronize
 from train.engine.run_folder import RunFolder, default_run_dir, read_json
@@ -49,37 +50,58 @@ class Task(Protocol):
 class Trainer:
     """Trains `model` on `task`. hooks: called as hook(trainer, row) after every evaluation, on every process.
 
-    A script may fill `facts` (for run.json, e.g. the corpus hash) and `report` (for results.json and the last lines,
-    e.g. {"baselines": {...}}; a baseline of the monitored score is drawn in the plot too) before `train`.
+    `model` may be a function of the config that builds one: it is then fitted to the machine's memory (`fit`) and built
+    once it is known to fit; `trainer.config` holds the settings that came of it. A script may fill `facts` (for
+    run.json, e.g. the corpus hash) and `report` (for results.json and the last lines, e.g. {"baselines": {...}}; a
+    baseline of the monitored score is drawn in the plot too) before `train`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[Any], nn.Module],
         config: TrainingConfig,
         task: Task,
         hooks: Sequence[Callable[[Trainer, Row], None]] = (),
     ) -> None:
-        self.inner, self.config, self.task, self.hooks = model, config, task, hooks
+        self.config, self.task, self.hooks = config, task, hooks
         self.facts: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
-        if config.gradient_checkpointing:
-            if not hasattr(model, "gradient_checkpointing"):
-                raise ConfigError(f"{type(model).__name__} cannot recompute activations; drop --gradient_checkpointing")
-            model.gradient_checkpointing = True
-        self.backend = Backend(config, begun_in=self._precision_so_far())
-        self.order = DataOrder(len(task.train), config.batch_size, config.seed)
-        self.per_step = micro_batches_per_step(config, self.backend.world_size)
-        largest = -(-config.batch_size // self.backend.world_size // self.per_step)
-        batch = task.collate([task.train[int(i)] for i in self.order.items(0)[:largest]])
-        self.plan = make_plan(model, config, batch, self.per_step, self.backend)
-        self.progress = Progress()
+        self.backend = open_backend(config, begun_in=self._precision_so_far())
         self.book = Logbook(config, self.backend, task.item_name)
+        self.inner = self._planned(model)
+        self.order = order_of(task, config)
+        self.per_step = micro_batches_per_step(self.config, self.backend.world_size)
+        self.progress = Progress()
         self.clock = Stopwatch(self.backend.device)
         self.guard = Guard(self.backend.device)
         self.signals = Signals()
         self.folder: RunFolder | None = None
         self.saved_step: int | None = None  # where all that is known is in a checkpoint
+
+    def _planned(self, model: nn.Module | Callable[[Any], nn.Module]) -> nn.Module:
+        """The model, with `plan` and, where it was left open, `config` made to fit. --plan ends here."""
+        if isinstance(model, nn.Module):
+            recompute_if_asked(model, self.config)
+            batch, per_step = first_micro_batch(self.task, self.config, self.backend.world_size)
+            self.plan = make_plan(model, self.config, batch, per_step, self.backend)
+            if self.config.plan:
+                self.book.say(*self.plan.lines())
+                raise SystemExit(0 if self.plan.fits else 1)
+            return model
+        try:
+            self.config, self.plan = fit(self.config, model, self.task, self.backend, self.book.say)
+        except ConfigError as error:
+            if not self.config.plan:
+                raise
+            self.book.say(str(error))
+            raise SystemExit(1) from error
+        if self.config.plan:
+            self.book.say(*self.plan.lines())
+            raise SystemExit(0)
+        torch.manual_seed(self.config.seed)
+        built = model(self.config)
+        recompute_if_asked(built, self.config)
+        return built
 
     def _precision_so_far(self) -> str | None:
         """What the run in --run_dir was begun in: a resumed run must not be measured into another precision."""
@@ -90,12 +112,9 @@ class Trainer:
 
     def train(self) -> Results:
         """Run to the end of the limits. Exits with status 75 when a signal came, after saving."""
-        if self.config.plan:
-            self._say(*self.plan.lines())
-            raise SystemExit(0 if self.plan.fits else 1)
         self.run_dir = self.backend.broadcast(self.config.run_dir or default_run_dir())
         if self.backend.on_main(self._open_folder):
-            self._say(f"{self.run_dir} is finished; its results are in {self.run_dir / 'results.json'}")
+            self.book.say(f"{self.run_dir} is finished; its results are in {self.run_dir / 'results.json'}")
             self.close()
             return Results.load(self.run_dir)
         try:
@@ -124,15 +143,18 @@ class Trainer:
         checkpoints = Checkpoints(self.run_dir / "checkpoints")
         source = backend.on_main(lambda: self._source(checkpoints))
         torch.manual_seed(config.seed + backend.rank)
-        optimizer = make_optimizer(self.inner, config)
         ema = None
         if config.ema_decay:
-            ema = AveragedModel(self.inner, backend.device, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            ema = AveragedModel(self.inner, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+            backend.place(ema.module)
+        backend.place(self.inner)
         if config.compile:
             self.inner.compile()
-        self.model = backend.prepare(self.inner, optimizer)
+        optimizer = make_optimizer(self.inner, config)
+        self.model = backend.prepare(self.inner, optimizer, self.per_step)
         self.optimizer, self.ema = optimizer, ema
-        self.predict = Predictor(ema.module if ema else self.inner, backend)
+        spare, _ = first_micro_batch(self.task, config, backend.world_size)
+        self.predict = Predictor(ema.module if ema else self.inner, backend, spare)
         self.snapshot = Snapshot(
             self.inner, ema, optimizer, self.guard, self.book.meter, self.progress, backend, checkpoints
         )
@@ -149,9 +171,9 @@ class Trainer:
         self.book.open(self.run_dir, self.progress)
 
     def _source(self, checkpoints: Checkpoints) -> Path | None:
-        found = checkpoints.newest(self._say)
+        found = checkpoints.newest(self.book.say)
         if found is None and self.config.resume not in ("auto", "never"):
-            found = find_checkpoint(Path(self.config.resume), self._say)
+            found = find_checkpoint(Path(self.config.resume), self.book.say)
         return found
 
     def _introduce(self) -> None:
@@ -166,15 +188,15 @@ class Trainer:
         }
         if self.folder is not None:
             self.folder.describe(**facts, **self.facts)
-        self._say(
+        self.book.say(
             f"run folder  {self.run_dir}",
             f"machine     {backend.world_size} process(es) on {backend.device}, {torch.get_num_threads()} threads each",
             f"precision   {backend.precision}: {backend.precision_reason}",
-            f"data        {len(self.task.train):,} items, {self.order.steps_per_epoch:,.1f} steps per epoch",
+            f"data        {self.order.describe()}",
             *self.plan.lines(),
         )
         if self.progress.step:
-            self._say(
+            self.book.say(
                 f"resumed     after step {self.progress.step} of {self.progress.total_steps or 'a number to come'}"
             )
 
@@ -245,7 +267,7 @@ class Trainer:
 
     def _bad_step(self) -> bool:
         """--bad_step stop and rewind: end the run, or go back and leave this step's batch out from then on."""
-        step, source = self.progress.step, self.snapshot.checkpoints.newest(self._say)
+        step, source = self.progress.step, self.snapshot.checkpoints.newest(self.book.say)
         if self.config.bad_step == "stop" or source is None:
             raise TrainingBroken(
                 f"the loss or gradient of step {step} is not finite or has leapt, and --bad_step "
@@ -255,7 +277,7 @@ class Trainer:
         self.snapshot.read(source)
         self.progress.banned_steps = banned
         self.book.cut_back(self.progress)
-        self._say(f"rewind      step {step} was bad; going on from step {self.progress.step} without its batch")
+        self.book.say(f"rewind      step {step} was bad; going on from step {self.progress.step} without its batch")
         return False
 
     # ---- between steps -------------------------------------------------------------------------------------------
@@ -325,19 +347,15 @@ class Trainer:
         self.save()
         if self.folder is not None:
             self.folder.describe(state="interrupted")
-        self._say(f"interrupted by {self.signals.received or 'another process'} and saved; the same command with "
+        self.book.say(f"interrupted by {self.signals.received or 'another process'} and saved; the same command with "
                   f"--run_dir {self.run_dir} goes on after step {self.progress.step}")  # fmt: skip
         raise SystemExit(EXIT_INTERRUPTED)
 
     def _fix_length(self, total: int, intervals: Intervals) -> None:
         self.progress.total_steps, self.progress.intervals = self.backend.broadcast((total, intervals))
         every = self.progress.intervals
-        self._say(f"length      {self.progress.total_steps} steps; a row every {every.log}, an evaluation every "
+        self.book.say(f"length      {self.progress.total_steps} steps; a row every {every.log}, an evaluation every "
                   f"{every.evaluate}, a checkpoint every {every.save}")  # fmt: skip
-
-    def _say(self, *lines: str) -> None:
-        for line in lines:
-            self.book.say(line)
 
     def close(self) -> None:
         """Let go of trackers, the run folder's lock, model and optimizer."""

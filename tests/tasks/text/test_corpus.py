@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +86,19 @@ def test_default_is_the_standard_library_and_max_documents_takes_the_first():
     assert corpus.sha256 == load_corpus(max_documents=5).sha256
 
 
+def test_subset_is_drawn_by_lot_once_and_for_all(tmp_path):
+    lines = "\n".join(json.dumps({"text": f"text {i}"}) for i in range(200))
+    path = write(tmp_path / "data.jsonl", lines)
+    whole, drawn = load_corpus([path]), load_corpus([path], subset_size=50)
+    names = list(texts(drawn))
+    assert len(names) == 50 and names == [name for name in texts(whole) if name in names]  # in their order
+    assert drawn.sha256 == load_corpus([path], subset_size=50).sha256 != whole.sha256
+    assert set(texts(load_corpus([path], subset_size=20))) < set(names)
+    places = [int(name.split(":")[1]) for name in names]
+    assert 60 < np.mean(places) < 140 and max(places) > 150
+    assert load_corpus([path], subset_size=1000).sha256 == load_corpus([path], subset_size=0).sha256 == whole.sha256
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -123,6 +137,8 @@ def test_bad_paths(tmp_path, monkeypatch):
         load_corpus("single.txt")
     with pytest.raises(ValueError, match="max_documents must be at least 1"):
         load_corpus(max_documents=0)
+    with pytest.raises(ValueError, match="subset_size must be at least 1"):
+        load_corpus(subset_size=-1)
 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))

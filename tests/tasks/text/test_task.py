@@ -242,7 +242,9 @@ def test_bad_settings(data, tmp_path):
     with pytest.raises(ValueError, match=r"training text has 20 tokens, .* seq_len 512 needs 513.* at most 19"):
         TextTask([short], tokenizer="bytes", seq_len=512, verbose=False)
     with pytest.raises(FileNotFoundError, match="There is no tokenizer"):
-        make(data, tokenizer="wordpiece")
+        make(data, tokenizer="wordpiece.json")
+    with pytest.raises(ValueError, match="A Corpus is used as it is"):
+        make(load_corpus(data), subset_size=3)
     for name in ("seq_len", "eval_items", "eval_batch_size"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             make(data, **{name: 0})

@@ -1,5 +1,6 @@
 """Tokenizers are exact: every text comes back, and its tokens' byte lengths add up to its bytes."""
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
@@ -121,3 +122,37 @@ def test_bad_files(tmp_path):
     words.save(str(path))
     with pytest.raises(ValueError, match="not byte-level"):
         load_tokenizer(path)
+
+
+# ----------------------------------------------------------------------------------------------------- names of the Hub
+
+
+def test_hub_name_is_fetched_unless_a_file_or_folder_has_it(tmp_path, monkeypatch):
+    foreign().save(str(tmp_path / "fetched.json"))
+    asked = []
+
+    def download(name, file):
+        asked.append((name, file))
+        return str(tmp_path / "fetched.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("gpt2").vocab_size == load_tokenizer("owner/some-name_1.5").vocab_size == 258
+    assert asked == [("gpt2", "tokenizer.json"), ("owner/some-name_1.5", "tokenizer.json")]
+    (tmp_path / "gpt2").mkdir()
+    KINDS["bytes"].save(tmp_path / "gpt2")
+    assert load_tokenizer("gpt2").vocab_size == 257 and len(asked) == 2
+    for path in ("missing.json", "a/b/c", tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="There is no tokenizer"):
+            load_tokenizer(path)
+    assert len(asked) == 2
+
+
+def test_unreachable_hub_is_a_sentence(monkeypatch):
+    def download(name, file):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("three\nlines of\nadvice")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match="no tokenizer gpt2 here, and the Hub can't be reached") as caught:
+        load_tokenizer("gpt2")
+    assert "\n" not in str(caught.value)

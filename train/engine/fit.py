@@ -1,0 +1,103 @@
+"""Settings that make a run fit this machine, found before anything large is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from train.engine.backend import Backend
+from train.engine.config import ConfigError, TrainingConfig
+from train.engine.order import micro_batches_per_step, order_of
+from train.engine.plan import Plan, make_plan
+from train.engine.run_folder import read_json
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def first_micro_batch(task: Any, config: TrainingConfig, world_size: int) -> tuple[dict[str, Any], int]:
+    """The largest micro-batch of a process, collated from the first step's items, and how many there are in a step."""
+    per_step = micro_batches_per_step(config, world_size)
+    largest = -(-config.batch_size // world_size // per_step)
+    items = order_of(task, config).items(0)[:largest]
+    return task.collate([task.train[int(i)] for i in items]), per_step
+
+
+def recompute_if_asked(model: nn.Module, config: TrainingConfig) -> None:
+    """Turn on activation checkpointing. Raises ConfigError where the model has none."""
+    if config.gradient_checkpointing:
+        if not hasattr(model, "gradient_checkpointing"):
+            raise ConfigError(f"{type(model).__name__} cannot recompute activations; drop --gradient_checkpointing")
+        model.gradient_checkpointing = True
+
+
+def fit(
+    config: Config, build: Callable[[Config], nn.Module], task: Any, backend: Backend, say: Callable[..., None]
+) -> tuple[Config, Plan]:
+    """`config` changed as little as memory demands, and the plan of its run; says what was tried.
+
+    The changes are those of `config.fittings()`, one upon the other. A run that is resumed keeps what it was fitted to
+    at first. Raises ConfigError, with numbers, where nothing fits.
+    """
+
+    def plan_of(config: Config) -> Plan:
+        with FakeTensorMode():
+            model = build(config)
+        recompute_if_asked(model, config)
+        return make_plan(model, config, *first_micro_batch(task, config, backend.world_size), backend)
+
+    def search() -> tuple[Config, Plan, list[str]]:
+        candidate, tried = config, []
+        for changes in fittings:
+            candidate = dataclasses.replace(candidate, **changes)
+            plan = plan_of(candidate)
+            flags = _flags(fittings, candidate) or "as given"
+            tried.append(f"{flags}: {'fits' if plan.fits else 'does not fit'}, {plan.memory_line()}")
+            if plan.fits:
+                return *_widest(candidate, plan, config.micro_batch_size, plan_of, backend.world_size), tried
+        advice = "take a smaller model, shorter or fewer items, or a machine with more memory"
+        raise ConfigError("\n  ".join([f"this run does not fit this machine; {advice}:", *tried]))
+
+    fittings = _fittings(config)
+    fitted, plan, tried = backend.on_main(search)
+    if len(tried) > 1:
+        say("fitting     " + tried[0], *(" " * 12 + line for line in tried[1:]))
+        say(f"            taken: {_flags(fittings, fitted)}")
+    return fitted, plan
+
+
+def _fittings(config: TrainingConfig) -> list[dict[str, Any]]:
+    """What to try; of a run that is resumed only what it came to, for another memory may be free today."""
+    fittings = config.fittings()
+    file = config.run_dir / "config.json" if config.run_dir is not None else None
+    if file is None or not file.exists() or config.resume != "auto":
+        return fittings
+    begun, changes = read_json(file), {}
+    for some in fittings:
+        changes |= {name: begun[name] if name == "micro_batch_size" else value for name, value in some.items()}
+        if all(begun.get(name) == value for name, value in changes.items()):
+            fittings = [dict(changes)]
+    return fittings
+
+
+def _flags(fittings: list[dict[str, Any]], config: TrainingConfig) -> str:
+    """What `config` has beyond the first of the fittings, as flags."""
+    values = {name: getattr(config, name) for changes in fittings[1:] for name in changes}
+    changed = {name: value for name, value in values.items() if value not in (None, False, fittings[0].get(name))}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
+
+
+def _widest(
+    config: Config, plan: Plan, asked: int | None, plan_of: Callable[[Config], Plan], world_size: int
+) -> tuple[Config, Plan]:
+    """Where micro-batches had to shrink to 1, the largest power of two that fits, for speed."""
+    while config.micro_batch_size != asked and 2 * config.micro_batch_size * world_size < config.batch_size:
+        wider = dataclasses.replace(config, micro_batch_size=2 * config.micro_batch_size)
+        wider_plan = plan_of(wider)
+        if not wider_plan.fits:
+            break
+        config, plan = wider, wider_plan
+    return config, plan
