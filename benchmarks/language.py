@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.language_peers import MODELS
-from benchmarks.language_quality import Ledger, Recipe, compare
+from benchmarks.language_quality import MAX_SEEDS, Ledger, Recipe, compare
 from benchmarks.language_speed import DTYPES, Device, Row, decoding_speed, training_speed
 from benchmarks.ops import machine
 from models.ten import PRESETS, TENConfig
@@ -86,7 +86,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     quality.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     quality.add_argument("--batch_size", type=int, default=4, help="windows per optimizer step")
     quality.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if problems := problems_of(options):
+        parser.error("; ".join(problems))
+    return options
+
+
+def problems_of(options: argparse.Namespace) -> list[str]:
+    """Each in words, with what would be right."""
+    problems = []
+    for name in ("lengths", "tokens", "prompts", "sweep_tokens", "batch_size", "jobs", "lr"):
+        values = getattr(options, name, None) or []
+        if any(value <= 0 for value in (values if isinstance(values, list) else [values])):
+            problems.append(f"--{name} must be above 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda needs a GPU that torch sees; leave it out to run on the CPU")
+    seeds = getattr(options, "seeds", [])
+    if len(seeds) > MAX_SEEDS or len(set(seeds)) < len(seeds):
+        problems.append(f"--seeds must be at most {MAX_SEEDS} different numbers")
+    return problems
 
 
 def rows_of(options: argparse.Namespace, facts: Row) -> Iterable[Row]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -234,18 +233,17 @@ def compare(
     best = {name: min(runs, key=swept.__getitem__).lr for name, runs in sweeps.items()}
     runs = {name: [Run(name, best[name], seed, tokens) for seed in seeds] for name in peers}
     scores = run_all([run for name in peers for run in runs[name]], ledger, jobs, say)
-    reference = [scores[run] for run in runs[peers[0]]]
+    by_seed = {name: torch.tensor([scores[run] for run in runs[name]], dtype=torch.float64) for name in peers}
     for name in peers:
-        ours = [scores[run] for run in runs[name]]
-        differences = [mine - other for mine, other in zip(ours, reference, strict=True)]
+        differences = by_seed[name] - by_seed[peers[0]]
         at_edge = len(rates) > 2 and best[name] in (min(rates), max(rates))
         yield {
             "peer": name,
             "parameters": ledger.find(runs[name][0])["parameters"],
             "lr": f"{best[name]:g}",
-            "bits_per_byte": f"{statistics.mean(ours):.4f}",
-            "sd": f"{statistics.stdev(ours):.4f}" if len(ours) > 1 else "-",
-            "difference": f"{statistics.mean(differences):+.4f}",
+            "bits_per_byte": f"{by_seed[name].mean():.4f}",
+            "sd": f"{by_seed[name].std():.4f}" if len(seeds) > 1 else "-",
+            "difference": f"{differences.mean():+.4f}",
             "interval_95": interval(differences),
             "seeds": str(len(seeds)),
             "note": "the best rate lies at an end of the list" if at_edge else "",
@@ -257,10 +255,10 @@ def compare(
         yield {"peer": name, **empty, "bits_per_byte": f"{value:.4f}", "note": "baseline"}
 
 
-def interval(differences: list[float]) -> str:
-    """Student's 95 % interval of the mean."""
+def interval(differences: Tensor) -> str:
+    """Student's 95 % interval of the mean of [n]."""
     n = len(differences)
     if n < 2:
         return "-"
-    half = STUDENT_975[n - 2] * statistics.stdev(differences) / math.sqrt(n)
-    return f"{statistics.mean(differences) - half:+.4f} … {statistics.mean(differences) + half:+.4f}"
+    mean, half = differences.mean(), STUDENT_975[n - 2] * differences.std() / math.sqrt(n)
+    return f"{mean - half:+.4f} … {mean + half:+.4f}"

@@ -96,32 +96,49 @@ def hten_scan(
         states [B, T, 2K] in beta's dtype; final_state [B, state_size] and energy [B] in fp32, or float64 with beta.
     """
     if tuple(scales) == (1,):
-        return eigen_scan(
-            beta,
-            log_rho,
-            omega,
-            initial_state=initial_state,
-            reset=reset,
-            with_energy=counted is not None,
-            energy_mask=counted,
-        )
+        return plain_scan(beta, log_rho, omega, 1, initial_state, reset, counted)
     num_states, num_scales = log_rho.shape[-1], len(scales)
     sizes = group_sizes(num_states, num_scales)
     carried = [None] * num_scales
     if initial_state is not None:
         carried = initial_state.split([scale_state_size(n, s, mode) for n, s in zip(sizes, scales, strict=True)], -1)
-    run = polyphase_scan if mode == "polyphase" else hold_scan
-    groups = zip(
-        split_groups(beta, num_scales), log_rho.split(sizes, -1), omega.split(sizes, -1), scales, carried, strict=True
-    )
-    outs = [(_plain_scan if group[3] == 1 else run)(*group, reset, counted) for group in groups]
+    step = polyphase_scan if mode == "polyphase" else hold_scan
+    groups = split_groups(beta, num_scales), log_rho.split(sizes, -1), omega.split(sizes, -1), scales, carried
+    outs = [
+        (plain_scan if scale == 1 else step)(*decay, scale, state, reset, counted)
+        for *decay, scale, state in zip(*groups, strict=True)
+    ]
     states = torch.cat([out.states.unflatten(-1, (2, -1)) for out in outs], -1).flatten(2)
     final_state = torch.cat([out.final_state for out in outs], -1)
     return ScanOutput(states, final_state, None if counted is None else sum(out.energy for out in outs))
 
 
-def _plain_scan(beta, log_rho, omega, scale, state, reset, counted) -> ScanOutput:
-    return hten_scan(beta, log_rho, omega, (scale,), "polyphase", initial_state=state, reset=reset, counted=counted)
+def plain_scan(
+    beta: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    scale: int,
+    state: Tensor | None,
+    reset: Tensor | None,
+    counted: Tensor | None,
+) -> ScanOutput:
+    """One group at scale 1, where both modes are `eigen_scan`."""
+    return eigen_scan(
+        beta,
+        log_rho,
+        omega,
+        initial_state=state,
+        reset=reset,
+        with_energy=counted is not None,
+        energy_mask=counted,
+    )
+
+
+def _lanes(x: Tensor | None, part: slice, lanes: int) -> Tensor | None:
+    """Of x [B, T, ...] the positions `part`, dealt out in turn: [B * lanes, n, ...]. None, and a [K] for all, as is."""
+    if x is None or x.dim() == 1:
+        return x
+    return x[:, part].unflatten(1, (-1, lanes)).transpose(1, 2).flatten(0, 1)
 
 
 def polyphase_scan(
@@ -150,25 +167,16 @@ def polyphase_scan(
         pooled = multiscale_pool(inputs, (scale,), reset=torch.cat([oldest, age == 0], 1))[:, scale - 1 :]
 
     begins, states, energies = age < scale, [], []
-    steps, left = divmod(time, scale)
-    for start, length, lanes in ((0, steps, scale), (steps * scale, 1, left)):
-        if length * lanes == 0:
+    whole = time - time % scale
+    for part, lanes in ((slice(0, whole), scale), (slice(whole, time), time - whole)):
+        if part.start == part.stop:
             continue
-
-        def lane(x: Tensor, start=start, length=length, lanes=lanes) -> Tensor:
-            """[B, T, ...] or what does not depend on time -> [B * lanes, length, ...] or itself."""
-            if x.dim() == 1:
-                return x
-            return x.narrow(1, start, length * lanes).unflatten(1, (length, lanes)).transpose(1, 2).flatten(0, 1)
-
         out = eigen_scan(
-            lane(pooled),
-            lane(log_rho),
-            lane(omega),
+            *(_lanes(x, part, lanes) for x in (pooled, log_rho, omega)),
             initial_state=ring[:, :lanes].flatten(0, 1),
-            reset=lane(begins),
+            reset=_lanes(begins, part, lanes),
             with_energy=counted is not None,
-            energy_mask=None if counted is None else lane(counted),
+            energy_mask=_lanes(counted, part, lanes),
         )
         states.append(out.states.unflatten(0, (batch, lanes)).transpose(1, 2).flatten(1, 2))
         ring = torch.cat([ring[:, lanes:], out.final_state.unflatten(0, (batch, lanes))], 1)

@@ -162,12 +162,16 @@ class TEN(nn.Module, PyTorchModelHubMixin):
                 module.init_special()
 
     def fp32_parameters(self) -> set[str]:
-        """Names of the parameters to keep in fp32 and out of weight decay, and to train at a lower learning rate."""
+        """Names of the parameters to keep in fp32 and out of weight decay, and to train at a lower learning rate.
+
+        ν and ω of every layer. What a selective layer computes from the token stays in fp32 as well, but learns at the
+        full rate: at a tenth of it parity was learned in 0 of 4 trials, where the full one learned it in all.
+        """
         return {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
             if isinstance(module, Eigenvalues)
-            for name, _ in module.named_parameters()
+            for name in ("nu", "omega")
         }
 
     def forward(

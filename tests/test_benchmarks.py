@@ -125,8 +125,22 @@ def test_a_seed_fixes_the_order_and_a_change_of_the_recipe_is_another_run():
 
 
 def test_the_interval_is_students():
-    assert interval([1.0, 2.0, 3.0]) == "-0.4843 … +4.4843"  # 2 ± 4.303 / sqrt(3)
-    assert interval([1.0]) == "-"
+    assert interval(torch.tensor([1.0, 2.0, 3.0])) == "-0.4843 … +4.4843"  # 2 ± 4.303 / sqrt(3)
+    assert interval(torch.ones(1)) == "-"
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("speed --lengths 512 -1", "--lengths must be above 0"),
+        ("quality --seeds 1 1", "--seeds must be at most 10 different numbers"),
+        ("decode --peers gpt5", "invalid choice: 'gpt5'"),
+    ],
+)
+def test_bad_input_is_a_sentence(command, sentence, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        language.main(command.split())
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ class LanguageConfig(TrainingConfig):
     @property
     def streams(self) -> bool:
         large = self.dataset in LARGE_DATASETS and not self.pretokenized and not self.subset_size
-        return (self.streaming or large) and not self.tiny
+        return self.streaming or large
 
     @property
     def scales(self) -> tuple[int, ...] | None:
@@ -237,7 +237,7 @@ def make_task(config: LanguageConfig) -> LanguageTask:
     """The text, tokenized by one process of each machine; the others read its cache."""
     state = process_state(config)
     with state.local_main_process_first():
-        if config.tiny and not (config.data or config.dataset or config.pretokenized):
+        if config.tiny and not (config.data or config.dataset or config.pretokenized or config.streaming):
             return LanguageTask.tiny(seq_len=config.seq_len)
         folder = config.tokenized_dir or Path("tokenized") / (config.dataset or "data").replace("/", "--")
         return LanguageTask(

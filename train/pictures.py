@@ -141,9 +141,11 @@ def energy_row(model: TEN, input_ids: Tensor, reset: Tensor) -> dict[str, dict[s
             torch.stack([getattr(energy, name) for energy in found if energy.scale == scale])
             for name in ("root", "bound")
         )
-        # A document's first state and one that is held equal their bounds by definition.
+        # A document's first state and one that is held equal their bounds by definition: they say nothing, unless a
+        # window is too short for any other.
         moved = (root - bound).abs() > 1e-5 * bound
-        root, bound = root[moved], bound[moved]
+        moved = moved if moved.any() else torch.ones_like(moved)
+        root, bound = root[moved], bound[moved].clamp(min=torch.finfo(bound.dtype).tiny)
         row[str(scale)] = {
             "root": root.median().item(),
             "bound": bound.median().item(),

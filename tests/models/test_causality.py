@@ -85,11 +85,11 @@ def test_causal_models_pass(changes, dtype):
     assert model.training and not model.embedding._forward_hooks, "left as it was found"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("broken", [pool_and_repeat, one_phase_reset])
+@pytest.mark.parametrize(
+    ("broken", "dtype"),
+    [(pool_and_repeat, torch.float32), (pool_and_repeat, torch.bfloat16), (one_phase_reset, torch.float32)],
+)
 def test_leaking_models_fail(monkeypatch, broken, dtype):
-    if broken is one_phase_reset and dtype is torch.bfloat16:
-        pytest.skip("torch has no complex bf16")
     model = tiny_hten().to(dtype)
     monkeypatch.setattr(eigenstates, "hten_scan", broken)
     report = check_causality(model)
@@ -116,20 +116,20 @@ def test_random_tokens_cannot_be_predicted(monkeypatch, leaks, mode):
     if leaks:
         monkeypatch.setattr(eigenstates, "hten_scan", pool_and_repeat)
     vocab_size, batch, time = 4, 32, 24
-    model = tiny_hten(vocab_size=vocab_size, num_layers=1, energy_reg_weight=0.0, energy_mode="spectral")
-    model = tiny_hten(**{**vars(model.config), "hten_mode": mode})
+    # The broken scan returns no energy; the spectral one needs none.
+    model = tiny_hten(vocab_size=vocab_size, num_layers=1, hten_mode=mode, energy_mode="spectral")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
 
-    def loss() -> Tensor:
+    def losses() -> dict[str, Tensor]:
         tokens = torch.randint(vocab_size, (batch, time + 1))
-        return model(tokens[:, :-1], labels=tokens[:, 1:])["loss"]
+        return model(tokens[:, :-1], labels=tokens[:, 1:])
 
     for _ in range(60):
         optimizer.zero_grad()
-        loss().backward()
+        losses()["loss"].backward()
         optimizer.step()
     with torch.no_grad():
-        validation = sum(loss().item() for _ in range(10)) / 10
+        validation = sum(losses()["ce_loss"].item() for _ in range(10)) / 10
     if leaks:
         assert validation < math.log(vocab_size) - 0.05
     else:

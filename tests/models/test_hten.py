@@ -210,11 +210,10 @@ def test_model_can_be_cut_and_packed(variant, tokens, mode, selective):
     assert torch.equal(model(changed, reset=reset)["logits"][1, STARTS[-1] :], packed[STARTS[-1] :])
 
 
-@pytest.mark.parametrize(("mode", "selective"), list(itertools.product(MODES, (False, True))))
-def test_checkpointed_compiled_and_low_precision(variant, tokens, mode, selective):
-    model = variant((1, 2, 4), mode, selective)
-    ids, labels = tokens(2, 21), tokens(2, 21, seed=1)
-    arguments = {"labels": labels, "reset": documents(21), "return_state": True}
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointing_and_compiling_change_nothing(variant, tokens, mode):
+    model, ids = variant((1, 2, 4), mode, selective=True), tokens(2, 21)
+    arguments = {"labels": tokens(2, 21, seed=1), "reset": documents(21), "return_state": True}
     runs = []
     for model.gradient_checkpointing in (False, True):
         loss = model(ids, **arguments)["loss"]
@@ -224,16 +223,22 @@ def test_checkpointed_compiled_and_low_precision(variant, tokens, mode, selectiv
     model.gradient_checkpointing = False
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)(ids, **arguments)
-    torch.testing.assert_close(compiled["loss"], model(ids, **arguments)["loss"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(compiled["loss"], loss, rtol=1e-12, atol=0)
 
-    exact = model.float()(ids, **arguments)
+
+@pytest.mark.parametrize(("mode", "selective"), list(itertools.product(MODES, (False, True))))
+def test_eigenvalues_states_and_losses_stay_fp32(variant, tokens, mode, selective):
+    model, ids = variant((1, 2, 4), mode, selective).float(), tokens(2, 21)
+    arguments = {"labels": tokens(2, 21, seed=1), "reset": documents(21), "return_state": True}
+    exact = model(ids, **arguments)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids, **arguments)
     assert all(value.dtype == torch.float32 for value in out.values())
     torch.testing.assert_close(out["loss"], exact["loss"], rtol=0.03, atol=0)
     model.bfloat16()
-    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
-    assert kept == model.fp32_parameters() and len(kept) == (8 if selective else 4)
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {name for name, _ in model.named_parameters() if ".eigenvalues." in name}
+    assert kept >= model.fp32_parameters() and len(kept) == (8 if selective else 4)
     out = model(ids, **arguments)
     assert out["state"].dtype == torch.float32 and out["loss"].isfinite()
 
@@ -241,6 +246,9 @@ def test_checkpointed_compiled_and_low_precision(variant, tokens, mode, selectiv
 def test_an_untrained_selective_model_is_the_fixed_one(tiny_ten, tokens):
     fixed, selective = tiny_ten(), TEN(dataclasses.replace(tiny_ten().config, selective=True)).double()
     selective.load_state_dict(fixed.state_dict(), strict=False)
+    for block in selective.blocks:
+        assert block.mixer.eigenvalues.selection.weight.std() < 0.01
+        torch.nn.init.zeros_(block.mixer.eigenvalues.selection.weight)
     torch.testing.assert_close(selective(tokens(2, 40))["logits"], fixed(tokens(2, 40))["logits"], rtol=1e-6, atol=1e-6)
 
 
@@ -271,3 +279,35 @@ def test_config_names_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
         TENConfig(**changes)
     assert TENConfig(hten_scales=[4, 1]).hten_scales == (4, 1)
+
+
+# --- what selection is for ---
+
+
+def parity_accuracy(selective: bool, steps: int = 300, time: int = 32) -> float:
+    """Train one layer to say whether it has read an odd number of ones; how often it is right at the end of a row."""
+    torch.manual_seed(0)
+    config = TENConfig(2, 32, 1, 16, 4, 64, max_seq_len=time, selective=selective, energy_reg_weight=0.0)
+    model = TEN(config)
+    slow = [p for name, p in model.named_parameters() if name in model.fp32_parameters()]
+    fast = [p for name, p in model.named_parameters() if name not in model.fp32_parameters()]
+    optimizer = torch.optim.Adam([{"params": fast}, {"params": slow, "lr": 1e-3}], lr=1e-2, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 20, 5 - 5 * step / steps)
+    )
+    for _ in range(steps):
+        bits = torch.randint(2, (32, time))
+        optimizer.zero_grad()
+        model(bits, labels=bits.cumsum(1) % 2)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    bits = torch.randint(2, (256, time))
+    with torch.no_grad():
+        return (model(bits)["logits"][:, -1].argmax(-1) == bits.sum(1) % 2).float().mean().item()
+
+
+@pytest.mark.slow
+def test_only_selective_eigenvalues_track_parity():
+    assert parity_accuracy(selective=True) > 0.95
+    assert parity_accuracy(selective=False) < 0.65

@@ -52,7 +52,7 @@ class ShardedBackend(Backend):
                 f"{type(optimizer).__name__} looks at whole matrices or blocks, which {self.name} cuts up; "
                 f"take --optimizer adamw, or another of {', '.join(c.__name__.lower() for c in ELEMENTWISE)}"
             )
-        self.inner = self.model = model
+        self.inner = model
         self.optimizer = self.prepared_optimizer = optimizer
         return model
 
@@ -176,14 +176,14 @@ class FSDP2Backend(ShardedBackend):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        self.model.set_requires_gradient_sync(last)
+        self.inner.set_requires_gradient_sync(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
         (loss * self.world_size).backward()  # fully_shard averages over the processes, as DDP does
 
     def clip(self, max_norm: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm or float("inf")).detach()
+        norm = nn.utils.clip_grad_norm_(self.inner.parameters(), max_norm or float("inf")).detach()
         return norm.full_tensor().to(self.device)
 
     def _gathered(self, tensor: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Results:
     best: dict[str, float]
     items_per_second: float | None
     peak_memory_bytes: int
+    planned_memory_bytes: int
     seconds: float
     command: str
     stopped_by: str
@@ -51,6 +52,7 @@ class Results:
         return cls(**read_json(run_dir / "results.json"))
 
     def lines(self) -> list[str]:
+        used, planned = (size / 2**30 for size in (self.peak_memory_bytes, self.planned_memory_bytes))
         speed = "n/a"
         if self.items_per_second:
             speed = f"{self.items_per_second:,.0f} {self.item_name}/s (warm-up left out)"
@@ -62,7 +64,7 @@ class Results:
         return [
             f"steps       {self.steps} in {self.seconds:.0f} s, ended by {self.stopped_by}",
             f"speed       {speed}; MFU {'n/a' if self.mfu is None else f'{self.mfu:.1%}'}",
-            f"memory      {self.peak_memory_bytes / 2**30:.2f} GiB at most",
+            f"memory      {used:.2f} GiB at most, {planned:.2f} planned",
             f"time        {phases}",
             f"final       {_scores(self.final)}",
             f"best        {_scores(self.best)}",
@@ -98,6 +100,7 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
         best=progress.best[0]["scores"] if progress.best else {},
         items_per_second=book.items_per_second,
         peak_memory_bytes=peak_memory(backend.device),
+        planned_memory_bytes=trainer.plan.needed,
         seconds=book.elapsed,
         command=command_line(),
         stopped_by=stopped_by,

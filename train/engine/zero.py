@@ -31,6 +31,8 @@ class ZeroBackend(ShardedBackend):
     Weights stay in fp32 and autocast is the engine's `torch_autocast`: its bf16 mode would cast decay and phase.
     """
 
+    engine: deepspeed.DeepSpeedEngine | None = None  # before `prepare`
+
     def _connect(self) -> None:
         self.settings = without_auto(DeepSpeedPlugin().deepspeed_config)
         self.stage = self.settings["zero_optimization"]["stage"]
@@ -92,9 +94,9 @@ class ZeroBackend(ShardedBackend):
             dtype = str(self.autocast_dtype).removeprefix("torch.")
             # No module's weights travel in 16 bits: gradients are then summed in fp32, as under DDP.
             settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-        self.model, self.zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.engine, self.zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._let_us_judge()
-        return self.model
+        return self.engine
 
     def _let_us_judge(self) -> None:
         """Have the engine's step take the norm that `clip` measured: then it is known before, and measured once."""
@@ -112,12 +114,12 @@ class ZeroBackend(ShardedBackend):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        self.model.set_gradient_accumulation_boundary(last)
+        self.engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
         # The engine averages over the processes and divides by its count of micro-batches.
-        self.model.backward(loss * (self.world_size * self.micro_batches))
+        self.engine.backward(loss * (self.world_size * self.micro_batches))
 
     def clip(self, max_norm: float) -> Tensor:
         """The norm; the engine clips, at the same --grad_clip, when it steps."""
@@ -126,7 +128,7 @@ class ZeroBackend(ShardedBackend):
 
     def step(self, bad: Tensor) -> None:
         self.norm = torch.where(bad.bool(), INVALID_NORM, self.norm)
-        self.model.step()
+        self.engine.step()
 
     # ---- what is kept ------------------------------------------------------------------------------------------
 
@@ -166,4 +168,5 @@ class ZeroBackend(ShardedBackend):
             self.zero._clear_fp32_optimizer_param_groups()
 
     def close(self) -> None:
-        self.model.destroy()
+        if self.engine is not None:
+            self.engine.destroy()
