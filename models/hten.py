@@ -64,7 +64,7 @@ def document_age(reset: Tensor | None, before: Tensor, time: int) -> Tensor:
 
 
 def _age_after(age: Tensor, scale: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1], the positions of the open document, less blocks once it has one: a float could not count for ever."""
+    """The age of the next position, [B, 1], in [0, 2s): blocks after the first are left out, or a float would fill."""
     count = age[:, -1:] + 1
     return torch.where(count < scale, count, scale + count % scale).to(dtype)
 
@@ -163,7 +163,7 @@ def polyphase_scan(
         ring, past = ring.unflatten(-1, (scale, width)), past.unflatten(-1, (scale - 1, width))
         age = document_age(reset, count[:, 0].long(), time)
         inputs = torch.cat([past.to(beta.dtype), beta], 1)  # [B, s - 1 + T, 2K_s]
-        oldest = torch.arange(1 - scale, 0, device=beta.device) == -count.clamp(max=scale - 1)
+        oldest = torch.arange(1 - scale, 0, device=beta.device) == -count
         pooled = multiscale_pool(inputs, (scale,), reset=torch.cat([oldest, age == 0], 1))[:, scale - 1 :]
 
     begins, states, energies = age < scale, [], []
@@ -238,7 +238,7 @@ def hold_scan(
     is_open = torch.arange(-recent.shape[1], 0, device=beta.device) >= -number_open
     recent = recent.masked_fill(~is_open[..., None], 0).sum(1)
     open_sum = recent + torch.where(number_open > time, open_sum, 0)
-    held = coarse.gather(1, block[:, -1, None, None].expand(-1, 1, width))[:, 0].masked_fill(empty[:, -1:], 0)
+    held = coarse.gather(1, block[:, -1, None, None].expand(-1, 1, width))[:, 0]
     return ScanOutput(states, torch.cat([held, open_sum, _age_after(age, scale, dtype)], 1), energy)
 
 

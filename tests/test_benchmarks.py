@@ -14,7 +14,7 @@ from benchmarks.language_quality import Ledger, Recipe, Run, batches, interval
 from benchmarks.language_speed import Device, flops_per_token, peak_memory_apart, take_turns
 from models.ten import PRESETS
 
-PEERS = [*OURS, "gpt2", "llama", "llama_our_head"]
+PEERS = [*OURS, "gpt2", "llama", "llama_wide", "llama_our_head"]
 NEEDS_TRANSFORMERS = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="no transformers")
 
 

@@ -2,14 +2,17 @@
 
 Trainer(model, config, task, hooks=[SpectrumPicture(), EnergyPicture()])
 
-After every evaluation they write RUN/plots/spectrum.png and RUN/spectrum.json, as the model then is, and add to
-RUN/energy.jsonl what RUN/plots/energy.png draws.
+After every evaluation they write RUN/spectrum.json, as the model then is, and add to RUN/energy.jsonl; once a minute at
+most, and at the end, they draw RUN/plots/spectrum.png and energy.png of these.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from train.engine.run_folder import write_json, write_whole
 
 ENERGY_TOKENS = 256  # of one validation window: a forward of these is what an evaluation pays for energy.png
 HALF_LIFE_BINS = 24
+SECONDS_BETWEEN_DRAWINGS = 60.0
 
 
 def pyplot() -> Any:
@@ -37,7 +41,25 @@ def pyplot() -> Any:
     return plt
 
 
-class SpectrumPicture:
+class Picture:
+    """What is drawn takes a second of process 0: not after every evaluation where they are close."""
+
+    def __init__(self) -> None:
+        self._drawn, self._draw = -math.inf, None
+
+    def due(self, draw: Callable[[], None]) -> None:
+        self._draw = draw
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_DRAWINGS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Draw the newest, if it hasn't been drawn."""
+        if self._draw is not None:
+            self._draw()
+            self._drawn, self._draw = time.monotonic(), None
+
+
+class SpectrumPicture(Picture):
     """A hook: the half-lives and eigenvalues of every layer, head and scale, with those that do nothing counted."""
 
     def __call__(self, trainer: Trainer, row: dict[str, Any]) -> None:
@@ -46,7 +68,8 @@ class SpectrumPicture:
             return
         groups = spectrum(model)
         write_json(trainer.run_dir / "spectrum.json", {"step": row["step"], "groups": [g._asdict() for g in groups]})
-        draw_spectrum(groups, trainer.run_dir / "plots" / "spectrum.png", title=f"step {row['step']}")
+        file, title = trainer.run_dir / "plots" / "spectrum.png", f"step {row['step']}"
+        self.due(lambda: draw_spectrum(groups, file, title))
 
 
 def draw_spectrum(groups: list[ScaleSpectrum], path: Path, title: str) -> None:
@@ -113,7 +136,7 @@ def _disc(axis: Any, groups: list[ScaleSpectrum], scales: list[int]) -> None:
     axis.title.set_fontsize("small")
 
 
-class EnergyPicture:
+class EnergyPicture(Picture):
     """A hook: how much the eigenstates hold of a validation window, beside what they could hold at most."""
 
     def __call__(self, trainer: Trainer, row: dict[str, Any]) -> None:
@@ -128,7 +151,7 @@ class EnergyPicture:
         rows = [earlier for earlier in (read_rows(file) if file.exists() else []) if earlier["step"] < row["step"]]
         rows.append({"step": row["step"], "scales": new})
         write_whole(file, "".join(json.dumps(r) + "\n" for r in rows))
-        draw_energy(rows, trainer.run_dir / "plots" / "energy.png")
+        self.due(lambda: draw_energy(rows, trainer.run_dir / "plots" / "energy.png"))
 
 
 def energy_row(model: TEN, input_ids: Tensor, reset: Tensor) -> dict[str, dict[str, float]]:

@@ -1,8 +1,9 @@
-"""Tokenize text once, into chunks that every later run trains on: accelerate launch train/nano.py --pretokenized DIR.
+"""Tokenize text once, into chunks that later runs train on.
 
     python train/pretokenize.py --dataset tinystories --tokenizer gpt2 --output_dir tokens/tinystories
     python train/pretokenize.py --data my_corpus/ notes.jsonl --tokenizer bpe --output_dir tokens/mine
     python train/pretokenize.py --dataset imdb --tokenizer bytes --subset_size 5000 --output_dir tokens/imdb --force
+    accelerate launch train/nano.py --pretokenized --tokenized_dir tokens/imdb
 
 DIR gets chunk_000000.pt, … (int64 token ids), metadata.json, tokenizer.json and the documents held out, in val/. It
 appears when it is complete. Text is read in one pass and never held in whole, but for the documents of --subset_size.

@@ -12,10 +12,14 @@ from models.ten import PRESETS, TEN
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"hten_scales": (1, 2, 4)}, {"hten_scales": (1, 2, 4), "hten_mode": "hold"}, {"selective": True}],
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 2e-2)])
-def test_nano_has_the_loss_and_gradient_of_the_cpu(dtype, tolerance):
+def test_nano_has_the_loss_and_gradient_of_the_cpu(dtype, tolerance, changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(PRESETS["nano"], vocab_size=1003)
+    config = dataclasses.replace(PRESETS["nano"], vocab_size=1003, **changes)
     model = TEN(config)
     ids = torch.randint(1003, (2, 257))
     gradients, losses = [], []

@@ -175,7 +175,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        (TORCHRUN, "started 2 process.* for DDP, and torch sees no GPU here; set ACCELERATE_USE_CPU=1"),
+        (TORCHRUN, "started 2 process.* for DDP, and torch sees no GPU here.*; set ACCELERATE_USE_CPU=1"),
         (FSDP, "for FSDP2, and torch sees no GPU here"),
         (TORCHRUN | DEEPSPEED, "for DeepSpeed, and torch sees no GPU here"),
         (FSDP | {"FSDP_VERSION": "1"}, r"FSDP version 1.*accelerate_configs/fsdp2\.yaml"),

@@ -28,7 +28,7 @@ DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def launched_with() -> str:
-    """ "DeepSpeed", "FSDP2", or "DDP" for what stands in one process too. Raises ConfigError for FSDP1 and meshes."""
+    """DeepSpeed, FSDP2, or DDP, for a process alone too. Raises ConfigError for FSDP1 and device meshes."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed"
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -51,11 +51,11 @@ def process_state(config: TrainingConfig) -> PartialState:
     # -1 is CUDA's word for no GPU at all; accelerate_configs/cpu_two_processes.yaml says it.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
     on_cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
-    if not on_cpu and not torch.accelerator.is_available():
+    if not on_cpu and (not torch.accelerator.is_available() or torch.backends.mps.is_available()):
         if launched > 1 or launch == "FSDP2":
             raise ConfigError(
-                f"the launcher started {launched} process(es) for {launch}, and torch sees no GPU here; "
-                "set ACCELERATE_USE_CPU=1 to train with them on the CPU"
+                f"the launcher started {launched} process(es) for {launch}, and torch sees no GPU here that they could "
+                "use together; set ACCELERATE_USE_CPU=1 to train with them on the CPU"
             )
         on_cpu = launch == "DeepSpeed"  # or its process group would be looked for on GPUs
     state = PartialState(cpu=on_cpu)
@@ -154,7 +154,9 @@ class Backend:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Around each forward: the run's precision."""
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        dtype = self.autocast_dtype
+        # Weights are spread to save memory: what they became in 16 bits must not stay until the forward ends.
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=not self.collective)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss * self.world_size)

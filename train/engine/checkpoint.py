@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent: written aside, flushed, sealed with a manifest, renamed, and only then pruned.
 
-checkpoints/step-00000200/     model.safetensors (raw), ema.safetensors, config.json: the model
-                               optimizer.pt, trainer.json, rank-0.pt: everything else, to go on exactly
+checkpoints/step-00000200/     model.safetensors (raw), ema.safetensors, config.json: the model, whole under any launch
+                               optimizer.pt, trainer.json, rank-0.pt: everything else, to go on exactly; where each
+                               process keeps a shard of the optimizer's state, it is in that process's rank-N.pt
                                manifest.json: sizes and checksums, written last
 checkpoints/{last,best-1..3}   links to such folders
 """

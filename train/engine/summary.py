@@ -92,6 +92,9 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
         trainer.evaluate()
     if trainer.saved_step != progress.step:
         trainer.save()
+    for hook in trainer.hooks:
+        if hasattr(hook, "finish"):
+            hook.finish()
     ceiling, mfu = _against_the_machine(trainer)
     results = Results(
         steps=progress.step,

@@ -48,7 +48,8 @@ class Task(Protocol):
 
 
 class Trainer:
-    """Trains `model` on `task`. hooks: called as hook(trainer, row) after every evaluation, on every process.
+    """Trains `model` on `task`. hooks: called as hook(trainer, row) after every evaluation, on every process; one that
+    has a `finish()` is told the end.
 
     `model` may be a function of the config that builds one: it is then fitted to the machine's memory (`fit`) and built
     once it is known to fit; `trainer.config` holds the settings that came of it. A script may fill `facts` (for
@@ -183,6 +184,7 @@ class Trainer:
             "precision": backend.precision,
             "precision_reason": backend.precision_reason,
             "device": str(backend.device),
+            "launch": backend.name,
             "processes": backend.world_size,
             "threads": torch.get_num_threads(),
         }
