@@ -232,7 +232,8 @@ def compare(
     swept = run_all([run for runs in sweeps.values() for run in runs], ledger, jobs, say)
     best = {name: min(runs, key=swept.__getitem__).lr for name, runs in sweeps.items()}
     runs = {name: [Run(name, best[name], seed, tokens) for seed in seeds] for name in peers}
-    scores = run_all([run for name in peers for run in runs[name]], ledger, jobs, say)
+    # Seed by seed, so that what an interruption leaves can be compared.
+    scores = run_all([run for some in zip(*runs.values(), strict=True) for run in some], ledger, jobs, say)
     by_seed = {name: torch.tensor([scores[run] for run in runs[name]], dtype=torch.float64) for name in peers}
     for name in peers:
         differences = by_seed[name] - by_seed[peers[0]]

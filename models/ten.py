@@ -7,7 +7,8 @@ pushed by a linear map of the token (S4D, arXiv 2206.11893; LRU, arXiv 2303.0634
     r_t = headwise RMSNorm(R [Re c_t; Im c_t])
     y_t = sigmoid(W_g x_t + b_g) * W_out r_t + D * x_t
 
-so a token costs the same at any distance from the start, in training (one scan) and in generation (one step).
+so a token costs the same at any distance from the start, in training (one scan) and in generation (one step). With
+several `hten_scales` it is an HTEN: groups of eigenstates step over 2, 4, … tokens at once (models/hten.py).
 
     model = TEN(PRESETS["nano"])
     model(input_ids)["logits"]                          # [B, T, V]
@@ -92,7 +93,7 @@ class TENConfig:
         return problems
 
 
-# Parameters at this vocabulary: 33.1M, 85.8M, 180.5M, 321.3M, 523.2M and 1.207B.
+# Parameters at this vocabulary: 33.1M, 85.9M, 180.6M, 321.5M, 523.4M and 1.208B.
 PRESETS = {
     "nano": TENConfig(),
     "micro": TENConfig(d_model=768, num_layers=8, num_eigenstates=192, num_heads=6, d_ff=3072, max_seq_len=1024),
