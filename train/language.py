@@ -23,9 +23,9 @@ from models.ten import PRESETS, TEN, TENConfig
 from tasks.text import TextTask
 from train.dry_run import dry_run, time_lengths
 from train.engine import ConfigError, Results, Trainer, TrainingConfig, parse
-from train.engine.backend import process_state
 from train.engine.guard import TrainingBroken
 from train.engine.optim import OptimizerName
+from train.engine.processes import process_state
 from train.engine.script import sentences
 from train.pictures import EnergyPicture, SpectrumPicture
 from train.sample import Samples, SampleSettings
@@ -177,15 +177,17 @@ class LanguageConfig(TrainingConfig):
             seq_len=self.seq_len if self.seq_len is not None else seq_len,
         )
 
-    def fittings(self) -> list[dict[str, Any]]:
+    def fittings(self, sharded: bool) -> list[dict[str, Any]]:
         """Where nothing else fits, Adafactor, then bf16 weights: these two do change how the model learns."""
-        plain, *savers = super().fittings()
+        plain, *savers = super().fittings(sharded)
         if self.optimizer is None:
             plain |= {"optimizer": "adamw"}
+        if self.optimizer is None and not sharded:
             lr = ADAFACTOR_LR if self.lr == RECIPES[self.config].lr else self.lr
             savers.append({"optimizer": "adafactor", "lr": lr})
         if self.weights == "auto":
             plain |= {"weights": "fp32"}
+        if self.weights == "auto" and not sharded:
             savers.append({"weights": "bf16"})
         return [plain, *savers]
 

@@ -26,8 +26,9 @@ from models.ten import TEN
 from tests.train import launched
 from tests.train.conftest import TIMES
 from train.engine import ConfigError, TrainingConfig
-from train.engine.backend import open_backend, process_state
+from train.engine.launch import open_backend
 from train.engine.metrics import read_rows
+from train.engine.processes import process_state
 from train.engine.sharded import FSDP2Backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,7 +190,7 @@ def test_a_machine_without_gpus_is_told(environment, sentence, monkeypatch):
 
 
 def test_deepspeed_that_is_not_there_is_a_sentence(monkeypatch):
-    monkeypatch.setattr("train.engine.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("train.engine.processes.find_spec", lambda name: None)
     with patch.dict(os.environ, DEEPSPEED), pytest.raises(ConfigError, match="pip install deepspeed transformers"):
         process_state(TrainingConfig())
 

@@ -5,80 +5,24 @@ All of them answer to the same methods, so that the loop reads the same under ea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from train.engine.checkpoint import load_weights
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.precision import choose_precision, use_all_cores
+from train.engine.processes import process_state
 
 T = TypeVar("T")
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-
-
-def launched_with() -> str:
-    """DeepSpeed, FSDP2, or DDP, for a process alone too. Raises ConfigError for FSDP1 and device meshes."""
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return "DeepSpeed"
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return "DDP"
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ConfigError(
-            "the launch config asks for FSDP version 1, which keeps no fp32 parameter beside 16-bit ones; "
-            "launch with accelerate_configs/fsdp2.yaml, which says fsdp_version: 2"
-        )
-    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise ConfigError("the launch config has a parallelism_config, and FSDP2 here shards over all processes alike")
-    return "FSDP2"
-
-
-def process_state(config: TrainingConfig) -> PartialState:
-    """Who we are among the processes of this launch. Raises ConfigError where the machine lacks what it is made for."""
-    launch, launched = launched_with(), int(os.environ.get("WORLD_SIZE", "1"))
-    if launch == "DeepSpeed" and find_spec("deepspeed") is None:
-        raise ConfigError("the launch config asks for DeepSpeed, which is not here: pip install deepspeed transformers")
-    # -1 is CUDA's word for no GPU at all; accelerate_configs/cpu_two_processes.yaml says it.
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("-1")
-    on_cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or hidden
-    if not on_cpu and (not torch.accelerator.is_available() or torch.backends.mps.is_available()):
-        if launched > 1 or launch == "FSDP2":
-            raise ConfigError(
-                f"the launcher started {launched} process(es) for {launch}, and torch sees no GPU here that they could "
-                "use together; set ACCELERATE_USE_CPU=1 to train with them on the CPU"
-            )
-        on_cpu = launch == "DeepSpeed"  # or its process group would be looked for on GPUs
-    state = PartialState(cpu=on_cpu)
-    if launched != state.num_processes:
-        raise ConfigError(
-            f"the launcher started {launched} processes, but they do not find each other on {state.device}; "
-            "set ACCELERATE_USE_CPU=1 to train with them on the CPU"
-        )
-    return state
-
-
-def open_backend(config: TrainingConfig, begun_in: str | None = None) -> Backend:
-    """The backend of this launch. begun_in: the precision of the run that goes on, if one does."""
-    launch = launched_with()
-    if launch == "DeepSpeed":
-        from train.engine.zero import ZeroBackend  # here, because few have deepspeed and it takes seconds to import
-
-        return ZeroBackend(config, begun_in)
-    if launch == "FSDP2":
-        from train.engine.sharded import FSDP2Backend  # here, because it builds on the class below
-
-        return FSDP2Backend(config, begun_in)
-    return Backend(config, begun_in)
 
 
 class Backend:

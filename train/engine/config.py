@@ -142,10 +142,11 @@ class TrainingConfig:
             found.append(f"--resume must be auto, never or the path of a run; {self.resume} does not exist")
         return found
 
-    def fittings(self) -> list[dict[str, Any]]:
+    def fittings(self, sharded: bool) -> list[dict[str, Any]]:
         """Changes that may be tried, one upon the other, until a run fits the machine; the first is none to speak of.
 
-        Only what the user left open may change. These two cost time and move no result.
+        Only what the user left open may change. These two cost time and move no result. sharded: under FSDP2 or ZeRO,
+        which take fp32 weights and elementwise optimizers only.
         """
         changes: list[dict[str, Any]] = [{}]
         if self.micro_batch_size is None and self.gradient_accumulation is None:

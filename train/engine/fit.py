@@ -61,7 +61,7 @@ def fit(
         advice = "take a smaller model, shorter or fewer items, or a machine with more memory"
         raise ConfigError("\n  ".join([f"this run does not fit this machine; {advice}:", *tried]))
 
-    fittings = _fittings(config)
+    fittings = _fittings(config, backend.sharded)
     fitted, plan, tried = backend.on_main(search)
     if len(tried) > 1:
         say("fitting     " + tried[0], *(" " * 12 + line for line in tried[1:]))
@@ -69,9 +69,9 @@ def fit(
     return fitted, plan
 
 
-def _fittings(config: TrainingConfig) -> list[dict[str, Any]]:
+def _fittings(config: TrainingConfig, sharded: bool) -> list[dict[str, Any]]:
     """What to try; of a run that is resumed only what it came to, for another memory may be free today."""
-    fittings = config.fittings()
+    fittings = config.fittings(sharded)
     file = config.run_dir / "config.json" if config.run_dir is not None else None
     if file is None or not file.exists() or config.resume != "auto":
         return fittings

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from train.engine.backend import open_backend
 from train.engine.checkpoint import KEEP_BEST, Checkpoints, find_checkpoint
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.evaluation import Predictor, aside
 from train.engine.fit import first_micro_batch, fit, recompute_if_asked
 from train.engine.guard import PATIENCE, Guard, TrainingBroken
+from train.engine.launch import open_backend
 from train.engine.limits import Intervals, Limits
 from train.engine.logbook import Logbook
 from train.engine.metrics import Row, Stopwatch
