@@ -50,14 +50,16 @@ def fit(
         return make_plan(model, config, *first_micro_batch(task, config, backend.world_size), backend)
 
     def search() -> tuple[Config, Plan, list[str]]:
-        candidate, tried = config, []
+        candidate, made, tried = config, [], []
         for changes in fittings:
+            if changes.get("micro_batch_size") == 1 and config.batch_size == backend.world_size:
+                continue  # it is that small already
             candidate = dataclasses.replace(candidate, **changes)
             plan = plan_of(candidate)
-            flags = _flags(fittings, candidate) or "as given"
-            tried.append(f"{flags}: {'fits' if plan.fits else 'does not fit'}, {plan.memory_line()}")
+            tried.append(f"{_flags(fittings, config, candidate)}: {_verdict(plan)}")
             if plan.fits:
-                return *_widest(candidate, plan, config.micro_batch_size, plan_of, backend.world_size), tried
+                return *_undone(candidate, plan, config, made[1:], plan_of, backend.world_size), tried
+            made.append(changes)
         advice = "take a smaller model, shorter or fewer items, or a machine with more memory"
         raise ConfigError("\n  ".join([f"this run does not fit this machine; {advice}:", *tried]))
 
@@ -65,7 +67,7 @@ def fit(
     fitted, plan, tried = backend.on_main(search)
     if len(tried) > 1:
         say("fitting     " + tried[0], *(" " * 12 + line for line in tried[1:]))
-        say(f"            taken: {_flags(fittings, fitted)}")
+        say(f"            taken: {_flags(fittings, config, fitted)}")
     return fitted, plan
 
 
@@ -83,21 +85,35 @@ def _fittings(config: TrainingConfig, sharded: bool) -> list[dict[str, Any]]:
     return fittings
 
 
-def _flags(fittings: list[dict[str, Any]], config: TrainingConfig) -> str:
-    """What `config` has beyond the first of the fittings, as flags."""
-    values = {name: getattr(config, name) for changes in fittings[1:] for name in changes}
-    changed = {name: value for name, value in values.items() if value not in (None, False, fittings[0].get(name))}
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
+def _verdict(plan: Plan) -> str:
+    return f"{'fits' if plan.fits else 'does not fit'}, {plan.memory_line()}"
 
 
-def _widest(
-    config: Config, plan: Plan, asked: int | None, plan_of: Callable[[Config], Plan], world_size: int
+def _flags(fittings: list[dict[str, Any]], config: TrainingConfig, changed: TrainingConfig) -> str:
+    """What fitting made of `config`, as flags."""
+    names = dict.fromkeys(name for changes in fittings[1:] for name in changes)
+    values = {name: getattr(changed, name) for name in names if getattr(changed, name) != getattr(config, name)}
+    values = {name: value for name, value in values.items() if value != fittings[0].get(name)}
+    return " ".join(f"--{n}" if value is True else f"--{n} {value}" for n, value in values.items()) or "as given"
+
+
+def _undone(
+    candidate: Config,
+    plan: Plan,
+    config: Config,
+    made: list[dict[str, Any]],
+    plan_of: Callable[[Config], Plan],
+    world_size: int,
 ) -> tuple[Config, Plan]:
-    """Where micro-batches had to shrink to 1, the largest power of two that fits, for speed."""
-    while config.micro_batch_size != asked and 2 * config.micro_batch_size * world_size < config.batch_size:
-        wider = dataclasses.replace(config, micro_batch_size=2 * config.micro_batch_size)
-        wider_plan = plan_of(wider)
-        if not wider_plan.fits:
+    """`candidate` without those of the earlier changes `made` that the last one makes needless."""
+    for changes in reversed(made):
+        without = dataclasses.replace(candidate, **{name: getattr(config, name) for name in changes})
+        if (plan_without := plan_of(without)).fits:
+            candidate, plan = without, plan_without
+    # Where micro-batches had to shrink to 1, the largest power of two that fits, for speed.
+    while candidate.micro_batch_size != config.micro_batch_size:
+        wider = dataclasses.replace(candidate, micro_batch_size=2 * candidate.micro_batch_size)
+        if wider.micro_batch_size * world_size >= config.batch_size or not (wider_plan := plan_of(wider)).fits:
             break
-        config, plan = wider, wider_plan
-    return config, plan
+        candidate, plan = wider, wider_plan
+    return candidate, plan

@@ -74,7 +74,13 @@ class Results:
 
 
 def _scores(scores: dict[str, float]) -> str:
-    return "  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in scores.items())
+    return "  ".join(f"{k}={_number(v)}" for k, v in scores.items())
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,0 +1,63 @@
+"""The commands that scripts and sweep files show are ones that work."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from train.engine import parse
+from train.language import LanguageConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = ("nano", "micro", "small", "medium", "large", "xlarge")
+
+
+def docstring(script: str) -> str:
+    return ast.get_docstring(ast.parse((ROOT / "train" / f"{script}.py").read_text(encoding="utf-8")))
+
+
+def commands(script: str) -> list[list[str]]:
+    lines = [line.split("  #")[0].strip() for line in docstring(script).splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("accelerate launch ")]
+
+
+@pytest.mark.parametrize("script", [*SIZES, "language"])
+def test_every_command_of_a_docstring_is_accepted(script):
+    for words in commands(script):
+        arguments = launch_command_parser().parse_args(words[2:])
+        assert (ROOT / arguments.training_script).is_file()
+        if arguments.config_file:
+            load_config_from_file(str(ROOT / arguments.config_file))
+        size = script if script in SIZES else "nano"
+        settings = parse(
+            LanguageConfig, arguments.training_script_args, LanguageConfig(config=size), fill=LanguageConfig.filled_in
+        )
+        assert settings.config in SIZES
+
+
+@pytest.mark.parametrize("script", SIZES)
+def test_every_size_says_how_it_is_launched_everywhere(script):
+    text = docstring(script)
+    for word in ("cpu.yaml", "single_gpu.yaml", "multi_gpu.yaml", "deepspeed_zero", "fsdp2.yaml", "mps.yaml", "sweep"):
+        assert word in text, word
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_sweep_sets_flags_that_exist(file):
+    sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert (ROOT / sweep["program"]).is_file() and "${args_no_boolean_flags}" in sweep["command"]
+    fields = {f.name for f in dataclasses.fields(LanguageConfig)}
+    assert set(sweep["parameters"]) <= fields
+    flags = [
+        f"--{name}={spec.get('value', spec.get('values', [spec.get('min')])[0])}"
+        for name, spec in sweep["parameters"].items()
+    ]
+    settings = parse(LanguageConfig, flags, fill=LanguageConfig.filled_in)
+    assert settings.scales == (1,) and settings.max_minutes == 5
