@@ -42,22 +42,20 @@ CLASSES = {"bpe": 50257, "bytes": 257}
 TINY = TENConfig(vocab_size=257, d_model=64, num_layers=2, num_eigenstates=16, num_heads=2, d_ff=640, max_seq_len=32)
 
 
-def print_rows(rows: Iterable[Row]) -> list[Row]:
-    """Print a Markdown table row by row."""
+def keep(rows: Iterable[Row], path: Path | None, facts: Row) -> list[Row]:
+    """Print a Markdown table row by row, and write it to a csv file as it grows: an interrupted one is not lost."""
     table = []
     for row in rows:
         if not table:
             print("\n| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
         print("| " + " | ".join(row.values()) + " |", flush=True)
-        table.append(row)
+        table.append(row | facts)
+        if path is not None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(table[0]))
+                writer.writeheader()
+                writer.writerows(table)
     return table
-
-
-def write_csv(path: Path, table: list[Row], facts: Row) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*table[0], *facts])
-        writer.writeheader()
-        writer.writerows(row | facts for row in table)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -143,10 +141,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     facts = machine(options.device) | {"precision": options.precision, "vocab": options.vocab}
     facts["preset"] = "tiny" if options.tiny else options.preset
     print("\n".join(f"- {key}: {value}" for key, value in facts.items()), flush=True)
-    table = print_rows(rows_of(options, facts))
-    if options.csv and options.part != "quality":
-        write_csv(options.csv, table, facts)
-    return table
+    # The quality part keeps its runs in the csv itself.
+    return keep(rows_of(options, facts), None if options.part == "quality" else options.csv, facts)
 
 
 if __name__ == "__main__":
