@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kernels.multiscale_pool import multiscale_pool, multiscale_pool_reference
 
@@ -263,3 +264,12 @@ def test_bad_input_is_refused_with_a_sentence(change, error, sentence):
     arguments = {"x": torch.zeros(2, 4, 8), "scales": (1, 2), **change}
     with pytest.raises(error, match=sentence):
         multiscale_pool(arguments.pop("x"), arguments.pop("scales"), **arguments)
+
+
+@pytest.mark.parametrize("weighting", [None, "S"])
+def test_recomputed_activations_give_the_same_gradients(weighting):
+    """Activation checkpointing hands out what backward saved once only."""
+    leaves, reset = make_inputs(13, (1, 3), weighting=weighting, resets=True)
+    recomputing = lambda x, scales, **rest: checkpoint(multiscale_pool, x, scales, use_reentrant=False, **rest)
+    plain, recomputed = (run(op, leaves, (1, 3), "trailing", reset) for op in (multiscale_pool, recomputing))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -152,11 +153,21 @@ def test_a_leaking_model_gets_no_score(run_command, tmp_path, monkeypatch):
     assert not read_rows(tmp_path / "run" / "metrics.jsonl")
 
 
-def test_a_stream_trains_and_goes_on_where_it_was_cut(run_command, tmp_path):
+def test_a_stream_goes_on_exactly_though_its_shards_are_gone(run_command, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "big.jsonl").write_text("".join(f'{{"text": "number {i} of many lines"}}\n' for i in range(3000)))
-    stream = "accelerate launch train/nano.py --wandb off --cpu --tiny --data big.jsonl --streaming --seq_len 16"
-    assert run_command(f"{stream} --max_steps 4 --run_dir a")[0] == 0
-    assert run_command(f"{stream} --run_dir b")[0] == 2  # a stream has no epochs
+    stream = "accelerate launch train/nano.py --tiny --wandb off --cpu --data big.jsonl --streaming --seq_len 16"
+    assert run_command(f"{stream} --run_dir run")[0] == 2  # a stream has no epochs
+    steps = f"{stream} --max_steps 4 --log_every 1 --eval_every 2 --run_dir run"
+    assert run_command(steps)[0] == 0
+    rows = [[r.get("loss"), r["step"]] for r in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    (tmp_path / "run" / "results.json").unlink()
+    for gone in ("run/checkpoints/step-00000004", *(tmp_path / "cache").rglob("shard-*.npy")):
+        path = tmp_path / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    status, output = run_command(steps)
+    assert status == 0 and "resumed     after step 2 of 4" in output
+    assert [[r.get("loss"), r["step"]] for r in read_rows(tmp_path / "run" / "metrics.jsonl")] == rows
 
 
 def test_the_originals_loss_can_be_had(run_command, tmp_path):
