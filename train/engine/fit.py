@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from train.engine.backend import Backend
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.order import micro_batches_per_step, order_of
-from train.engine.plan import Plan, make_plan
+from train.engine.plan import Cost, Plan, make_plan
 from train.engine.run_folder import read_json
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -47,7 +47,7 @@ def fit(
         with FakeTensorMode():
             model = build(config)
         recompute_if_asked(model, config)
-        return make_plan(model, config, *first_micro_batch(task, config, backend.world_size), backend)
+        return make_plan(model, config, *first_micro_batch(task, config, backend.world_size), backend, known)
 
     def search() -> tuple[Config, Plan, list[str]]:
         candidate, made, tried = config, [], []
@@ -63,6 +63,7 @@ def fit(
         advice = "take a smaller model, shorter or fewer items, or a machine with more memory"
         raise ConfigError("\n  ".join([f"this run does not fit this machine; {advice}:", *tried]))
 
+    known: dict[tuple, Cost] = {}
     fittings = _fittings(config, backend.sharded)
     fitted, plan, tried = backend.on_main(search)
     if len(tried) > 1:

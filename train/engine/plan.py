@@ -178,20 +178,35 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, config: TrainingConfig, batch: dict[str, Any], micro_batches: int, backend: Backend
+    model: nn.Module,
+    config: TrainingConfig,
+    batch: dict[str, Any],
+    micro_batches: int,
+    backend: Backend,
+    known: dict[tuple, Cost] | None = None,
 ) -> Plan:
-    """batch: one micro-batch. FLOPs leave recomputation out, as MFU does."""
+    """batch: one micro-batch. FLOPs leave recomputation out, as MFU does. known: costs that earlier plans measured."""
+    known = {} if known is None else known
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+    def cost_of(recompute: bool) -> Cost:
+        shapes = tuple(tuple(value.shape) for value in batch.values() if isinstance(value, Tensor))
+        key = (recompute, micro_batches > 1, weights, shapes)
+        if key not in known:
+            if config.gradient_checkpointing:
+                model.gradient_checkpointing = recompute
+            known[key] = measure(model, batch, backend.autocast_dtype, micro_batches)
+        return known[key]
+
     try:
-        cost = measure(model, batch, backend.autocast_dtype, micro_batches)
-        flops = cost.flops
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing = False
-            flops = measure(model, batch, backend.autocast_dtype).flops
-            model.gradient_checkpointing = True
+        flops = cost_of(recompute=False).flops
+        cost = cost_of(recompute=config.gradient_checkpointing)
     except (DataDependentOutputException, DynamicOutputShapeException):
         cost, flops = None, None
+    finally:
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing = True
     groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in parameter_groups(model, config.weight_decay)}
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     memory = {
         "weights": weights,
