@@ -9,7 +9,6 @@ most, and at the end, they draw RUN/plots/spectrum.png and energy.png of these.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -45,7 +44,7 @@ class Picture:
     """What is drawn takes a second of process 0: not after every evaluation where they are close."""
 
     def __init__(self) -> None:
-        self._drawn, self._draw = -math.inf, None
+        self._drawn, self._draw = time.monotonic(), None
 
     def due(self, draw: Callable[[], None]) -> None:
         self._draw = draw

@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = "accelerate launch train/nano.py --tiny --wandb off --cpu --run_dir run"
 
 
+@pytest.fixture(autouse=True)
+def _no_seconds_spent_on_pictures(monkeypatch):
+    for name in ("draw_spectrum", "draw_energy"):
+        monkeypatch.setattr(f"train.pictures.{name}", lambda *args: None)
+
+
 def test_a_run_leaves_everything_and_its_sample_can_be_had_again(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train" / "nano.py")]
     flags = ["--tiny", "--max_steps", "8", "--run_dir", "run", "--ema_decay", "0.5", "--wandb", "off", "--cpu"]
