@@ -7,7 +7,6 @@ import importlib.util
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import language, language_speed
 from benchmarks.language_peers import MODELS, OURS, build_model, count_parameters
@@ -30,11 +29,11 @@ def _one_thread():
 
 @NEEDS_TRANSFORMERS
 @pytest.mark.parametrize("preset", ["nano", pytest.param("medium", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("classes", language.CLASSES.values())
+@pytest.mark.parametrize("classes", [257, pytest.param(50257, marks=pytest.mark.slow)])
 def test_all_models_have_as_many_parameters(preset, classes):
     base = dataclasses.replace(PRESETS[preset], vocab_size=classes)
-    # On meta it takes ten seconds once inductor has been loaded; a search for a shape builds on meta itself.
-    with FakeTensorMode() if preset == "nano" else torch.device("meta"):
+    # The meta device takes ten seconds more once inductor has been loaded: for models that don't fit otherwise.
+    with torch.device("cpu" if preset == "nano" else "meta"):
         counts = {name: count_parameters(build_model(name, base, 1024)) for name in PEERS}
     assert max(counts.values()) <= 1.01 * min(counts.values()), counts
     assert counts["ten"] == counts["hten"]
