@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -184,3 +186,23 @@ def test_a_resumed_run_keeps_what_it_was_fitted_to(make_trainer, monkeypatch):
     write_json(config.run_dir / "config.json", config.to_dict())
     again, _ = fitted(make_trainer, monkeypatch, 10_000_000)
     assert again.micro_batch_size == 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frugal(TrainingConfig):
+    def fittings(self, sharded: bool) -> list[dict]:
+        return [*super().fittings(sharded), {"optimizer": "adafactor"}]
+
+
+def test_needless_changes_are_undone_and_a_resumed_run_knows_it(make_trainer, monkeypatch, tmp_path):
+    """Activations are a hundredth of this run's memory: only the optimizer's state is worth a change."""
+    trainer = make_trainer()
+    asked = Frugal(run_dir=tmp_path / "frugal", batch_size=2, cpu=True, mixed_precision="no")
+    monkeypatch.setattr("train.engine.plan.process_bytes", lambda device: 0)
+    monkeypatch.setattr("train.engine.plan.LATER_BYTES", 0)
+    for free in (1_000_000, 10_000_000):
+        monkeypatch.setattr("train.engine.plan.free_memory", lambda device, free=free: free)
+        config, _ = fit(asked, toy, Vectors(), trainer.backend, lambda *lines: None)
+        assert (config.optimizer, config.micro_batch_size, config.gradient_checkpointing) == ("adafactor", None, False)
+        asked.run_dir.mkdir(exist_ok=True)
+        write_json(asked.run_dir / "config.json", config.to_dict())

@@ -78,12 +78,13 @@ def _fittings(config: TrainingConfig, sharded: bool) -> list[dict[str, Any]]:
     file = config.run_dir / "config.json" if config.run_dir is not None else None
     if file is None or not file.exists() or config.resume != "auto":
         return fittings
-    begun, changes = read_json(file), {}
-    for some in fittings:
-        changes |= {name: begun[name] if name == "micro_batch_size" else value for name, value in some.items()}
+    begun = read_json(file)
+    kept, *savers = fittings
+    for changes in savers:  # one by one: of the changes on the way to what fitted, needless ones were undone
+        changes = {name: begun.get(name) if name == "micro_batch_size" else value for name, value in changes.items()}
         if all(begun.get(name) == value for name, value in changes.items()):
-            fittings = [dict(changes)]
-    return fittings
+            kept = {**kept, **changes}
+    return [kept]
 
 
 def _verdict(plan: Plan) -> str:
