@@ -28,6 +28,7 @@ ACT_THRESHOLD = 0.99
 ROPE_BASE = 100.0
 
 SIZES = {
+    "micro": {"d_model": 32, "num_heads": 2, "d_ff": 128, "num_layers": 4},  # for two CPU cores
     "tiny": {"d_model": 128, "num_heads": 4, "d_ff": 512, "num_layers": 2},
     "small": {"d_model": 256, "num_heads": 4, "d_ff": 1024, "num_layers": 3},
     "medium": {"d_model": 512, "num_heads": 8, "d_ff": 2048, "num_layers": 4},

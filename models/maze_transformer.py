@@ -30,7 +30,7 @@ class MazeTransformerConfig(MazeConfig):
         return found
 
 
-# Parameters: 0.5M, 2.5M, 12.9M, 42.9M and 101.2M.
+# Parameters: 0.1M, 0.5M, 2.5M, 12.9M, 42.9M and 101.2M.
 PRESETS = {name: MazeTransformerConfig(maze_size=16, **size) for name, size in SIZES.items()}
 
 

@@ -1,7 +1,8 @@
 """Train maze solvers beside their controls, and test them all on the same mazes; train/maze_12x12.py and
 train/maze_scaling.py are this script with other defaults.
 
-accelerate launch train/maze.py --suite perfect-8 --max_minutes 2 --models poh
+accelerate launch train/maze.py --suite perfect-8 --size micro --position rope2d --validity_mask --dropout 0 \
+    --batch_size 8 --lr 4e-3 --models poh --max_minutes 2
 accelerate launch train/maze.py --suite randwall-20 --models baseline looped poh --max_steps 20000
 accelerate launch train/maze.py --suite perfect-12 --models baseline poh uniform frozen deep --seeds 5 --epochs 10
 """
@@ -55,8 +56,8 @@ class MazeRun(TrainingConfig):
     models: tuple[ModelName, ...] = ("baseline", "poh")
     # Initialisations and orders of each model, from --seed on.
     seeds: int = 1
-    # 12x12 is the original's shape; the others are tiny 0.5 M, small 2.5 M, medium 13 M, large 43 M, xl 101 M.
-    size: Literal["12x12", "tiny", "small", "medium", "large", "xl"] = "12x12"
+    # 12x12 is the original's shape; the others are micro 0.1 M, tiny 0.5 M, small 2.5 M, medium 13 M, large 43 M, xl 101 M.
+    size: Literal["12x12", "micro", "tiny", "small", "medium", "large", "xl"] = "12x12"
     # What the other models have in common with the baseline.
     match: Literal["parameters", "flops"] = "parameters"
     # The original's arithmetic, blind to walls: to explain its numbers.
@@ -98,6 +99,7 @@ class MazeRun(TrainingConfig):
     halting: bool = False
     # table: a vector for each cell; rope2d: relative, so that a model solves mazes of any size.
     position: Literal["table", "rope2d"] = "table"
+    dropout: float = 0.1
     lr: float = 1e-3
 
     def problems(self) -> list[str]:
@@ -107,8 +109,9 @@ class MazeRun(TrainingConfig):
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
         if not 1 <= self.multi_horizon <= 3:
             found.append(f"--multi_horizon must be 1, 2 or 3, not {self.multi_horizon}")
-        if not 0 <= self.label_smoothing < 1:
-            found.append(f"--label_smoothing must lie in [0, 1), not {self.label_smoothing}")
+        for name in ("label_smoothing", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.ent_anneal and not self.route_ent_weight:
             found.append("--ent_anneal has nothing to anneal with --route_ent_weight 0; give a weight, as 5e-4")
         if len(set(self.models)) < len(self.models):
@@ -141,6 +144,7 @@ def configs(run: MazeRun) -> dict[str, MazeConfig]:
         "maze_enc": run.maze_enc,
         "validity_mask": run.validity_mask,
         "label_smoothing": run.label_smoothing,
+        "dropout": run.dropout,
         "position": run.position,
         "legacy": run.legacy,
     }
@@ -292,7 +296,8 @@ def train_all(run: MazeRun, root: Path) -> dict[str, Any]:
     results: dict[str, list[Results]] = {name: [] for name in shapes}
     for seed in range(run.seed, run.seed + run.seeds):
         for name, shape in shapes.items():
-            own = dataclasses.replace(run, run_dir=root / f"{name}-seed{seed}", seed=seed)
+            # One model and one seed, whatever else there is: more of both can be added to the same --run_dir later.
+            own = dataclasses.replace(run, run_dir=root / f"{name}-seed{seed}", models=(name,), seed=seed, seeds=1)
             hooks = [test, *([EntropyAnneal()] if run.ent_anneal else [])]
             trainer = Trainer(lambda _, shape=shape: build(shape), own, task, hooks)
             trainer.facts |= {"data": task.info, "model": dataclasses.asdict(shape)}

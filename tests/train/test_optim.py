@@ -8,7 +8,7 @@ import torch
 
 from tests.toy import ToyModel
 from train.engine import TrainingConfig
-from train.engine.optim import OptimizerName, ScheduleName, learning_rate, make_optimizer, parameter_groups
+from train.engine.optim import TAKES_BETAS, OptimizerName, ScheduleName, learning_rate, make_optimizer, parameter_groups
 
 CONFIG = TrainingConfig(lr=1.0, warmup_steps=10, final_lr_ratio=0.1)
 
@@ -88,3 +88,16 @@ def test_every_optimizer_takes_a_step_downhill(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", TAKES_BETAS[:2])
+def test_betas_as_asked_for_and_the_usual_ones_otherwise(name):
+    asked = make_optimizer(ToyModel(), TrainingConfig(optimizer=name, betas=(0.95, 0.999)))
+    usual = make_optimizer(ToyModel(), TrainingConfig(optimizer=name))
+    assert asked.defaults["betas"] == (0.95, 0.999)
+    assert usual.defaults["betas"] == {"adamw": (0.9, 0.95), "adam": (0.9, 0.999)}[name]
+
+
+def test_betas_that_would_be_ignored_or_diverge_are_refused():
+    assert "say nothing to --optimizer sgd" in TrainingConfig(optimizer="sgd", betas=(0.9, 0.95)).problems()[0]
+    assert "must both lie in [0, 1), not 0.9 1.0" in TrainingConfig(betas=(0.9, 1.0)).problems()[0]

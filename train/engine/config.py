@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 import yaml
 
-from train.engine.optim import OptimizerName, ScheduleName
+from train.engine.optim import TAKES_BETAS, OptimizerName, ScheduleName
 
 # The originals' names, each with ours. `--no_compile` needs no entry: it is the negative of `--compile`.
 ALIASES = {
@@ -66,6 +66,8 @@ class TrainingConfig:
     # Forward passes per optimizer step: another way to say --micro_batch_size.
     gradient_accumulation: int | None = None
     optimizer: OptimizerName = "adamw"
+    # Of Adam and its kin; 0.9 0.95 for adamw and torch's own for the others when not given.
+    betas: tuple[float, float] | None = None
     lr: float = 3e-4
     weight_decay: float = 0.1
     # Largest norm of the gradient; 0 leaves gradients as they are.
@@ -130,6 +132,10 @@ class TrainingConfig:
             for name in ("weight_decay", "grad_clip", "warmup_steps", "num_workers", "seed")
             if not getattr(self, name) >= 0
         ]
+        if self.betas is not None and self.optimizer not in TAKES_BETAS:
+            found.append(f"--betas say nothing to --optimizer {self.optimizer}; they are for {', '.join(TAKES_BETAS)}")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"--betas must both lie in [0, 1), not {self.betas[0]} {self.betas[1]}")
         if not 0 <= self.ema_decay < 1:
             found.append(f"--ema_decay must be in [0, 1), not {self.ema_decay}")
         if not 0 <= self.final_lr_ratio <= 1:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from train.engine.config import TrainingConfig
 
 OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "nadam", "radam", "rmsprop", "adamw8bit"]
+TAKES_BETAS = ("adamw", "adam", "adamw8bit", "nadam", "radam")
 ScheduleName = Literal["constant", "linear", "cosine", "cosine_restarts", "wsd"]
 
 # A step d in a phase turns the state by T * d after T tokens, so recurrent eigenvalues learn more slowly, as in LRU
@@ -72,7 +73,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     }
     # beta2 0.95: the usual value for language models at small batches (arXiv 2005.14165, appendix B).
     betas = {"betas": (0.9, 0.95)}
-    extra = {"adamw": betas, "adamw8bit": betas, "sgd": {"momentum": 0.9, "nesterov": True}}.get(config.optimizer, {})
+    usual = {"adamw": betas, "adamw8bit": betas, "sgd": {"momentum": 0.9, "nesterov": True}}
+    extra = usual.get(config.optimizer, {}) if config.betas is None else {"betas": tuple(config.betas)}
     groups = parameter_groups(model, config.weight_decay)
     # Fused SGD has no rule for shards (torch 2.13: "_fused_sgd_ does not have a sharding strategy").
     on_shards = any(isinstance(p, DTensor) for group in groups for p in group["params"])

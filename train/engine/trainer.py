@@ -34,7 +34,10 @@ from train.engine.summary import Results, cpu_matmul_rate, finish
 
 
 class Task(Protocol):
-    """The world a model is trained in. Item i of train or val is a pure function of i."""
+    """The world a model is trained in. Item i of train or val is a pure function of i.
+
+    One with an `on_device(batch)` is given each collated batch again, on the device, to finish it there.
+    """
 
     train: Sequence[Any]
     val: Sequence[Any]
@@ -49,7 +52,7 @@ class Task(Protocol):
 
 class Trainer:
     """Trains `model` on `task`. hooks: called as hook(trainer, row) after every evaluation, on every process; one that
-    has a `finish()` is told the end.
+    has a `finish()` is told the end, one that has a `saved(trainer)` of every checkpoint.
 
     `model` may be a function of the config that builds one: it is then fitted to the machine's memory (`fit`) and built
     once it is known to fit; `trainer.config` holds the settings that came of it. A script may fill `facts` (for
@@ -234,7 +237,8 @@ class Trainer:
         """One optimizer step over a window of micro-batches; False if it led back to an earlier checkpoint."""
         progress = self.progress
         set_learning_rate(self.optimizer, self.learning_rate())
-        window = [self.backend.move(batch) for batch in window]
+        finish = getattr(self.task, "on_device", lambda batch: batch)
+        window = [finish(self.backend.move(batch)) for batch in window]
         items = self._count_items(window)
         parts: dict[str, Tensor] = {}
         for i, batch in enumerate(window):
@@ -343,6 +347,8 @@ class Trainer:
             self.progress.seconds, self.progress.spent = self.book.elapsed, self.limits.spent
             self.progress.metrics_bytes = self.book.metrics_bytes
             self._seconds["save"] = self.snapshot.write()
+            for hook in self.hooks:
+                getattr(hook, "saved", lambda trainer: None)(self)
         self.saved_step = self.progress.step
 
     def _interrupt(self) -> None:
