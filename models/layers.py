@@ -1,5 +1,8 @@
 """Small modules that several architectures share."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,3 +41,22 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_model] -> [..., d_model]."""
         return self.down(F.relu(self.up(x)).square())
+
+
+def rotary(coordinates: Sequence[Tensor], channels: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which `rotate` turns heads of this many channels at these places, [..., channels / 2] fp32.
+
+    RoPE (arXiv 2104.09864) for one coordinate; several of them share the channels evenly (arXiv 2403.13298): channels
+    must be a multiple of twice their number. coordinates: integers [...].
+    """
+    share = channels // 2 // len(coordinates)
+    rates = base ** -(torch.arange(share, device=coordinates[0].device) / share)
+    angles = torch.cat([c.unsqueeze(-1) * rates for c in coordinates], -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., C], cos and sin broadcastable to [..., C / 2]: channel i and channel i + C / 2 turn as a pair."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

@@ -56,7 +56,7 @@ class MazeRun(TrainingConfig):
     models: tuple[ModelName, ...] = ("baseline", "poh")
     # Initialisations and orders of each model, from --seed on.
     seeds: int = 1
-    # 12x12 is the original's shape; the others are micro 0.1 M, tiny 0.5 M, small 2.5 M, medium 13 M, large 43 M, xl 101 M.
+    # 12x12 is the original's shape; micro 0.1 M parameters, tiny 0.5 M, small 2.5 M, medium 13 M, large 43 M, xl 101 M.
     size: Literal["12x12", "micro", "tiny", "small", "medium", "large", "xl"] = "12x12"
     # What the other models have in common with the baseline.
     match: Literal["parameters", "flops"] = "parameters"
