@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ops import machine
-from tasks.maze import random
+from tasks import random
 from tasks.maze.distance import distances, optimal_moves
 from tasks.maze.generate import Suite, attempt
 

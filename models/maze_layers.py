@@ -329,7 +329,8 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
         Raises:
             ValueError or TypeError for shapes, dtypes or sizes that do not fit.
         """
-        self._check_inputs(passages, start, goal, candidates, labels)
+        self._check_mazes(passages, start, goal)
+        self._check_questions(passages, candidates, labels)
         hidden, extras = self.encode(self.embedding(passages, start, goal))
         hidden = self.norm(hidden).flatten(0, 1)  # [B * n, D]
         classes = self._classes(candidates, passages.shape[-1])
@@ -366,9 +367,7 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
             cells = [offset_classes(c, size, k + 1) for k, c in enumerate(cells)]
         return [c.flatten(0, 1) for c in cells]
 
-    def _check_inputs(
-        self, passages: Tensor, start: Tensor, goal: Tensor, candidates: Tensor, labels: Tensor | None
-    ) -> None:
+    def _check_mazes(self, passages: Tensor, start: Tensor, goal: Tensor) -> None:
         shape = tuple(passages.shape)
         if passages.dtype != torch.uint8 or len(shape) != 3 or shape[1] != shape[2]:
             raise ValueError(f"passages must be uint8 [batch, N, N], not {passages.dtype} {list(shape)}")
@@ -381,7 +380,9 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
         for name, cell in (("start", start), ("goal", goal)):
             if cell.dtype != torch.int64 or tuple(cell.shape) != shape[:1]:
                 raise ValueError(f"{name} must be int64 [{shape[0]}], not {cell.dtype} {list(cell.shape)}")
-        expected = (shape[0], shape[1] ** 2, self.config.horizons)
+
+    def _check_questions(self, passages: Tensor, candidates: Tensor, labels: Tensor | None) -> None:
+        expected = (len(passages), passages[0].numel(), self.config.horizons)
         if candidates.dtype != torch.int64 or candidates.dim() != 4 or tuple(candidates.shape[:3]) != expected:
             found = f"{candidates.dtype} {list(candidates.shape)}"
             raise ValueError(f"candidates must be int64 [{', '.join(map(str, expected))}, J], not {found}")

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from models.maze_layers import MazeConfig
 from models.maze_transformer import MazeTransformerConfig
+from models.mlmu import MLMUConfig
 from models.poh import LEGACY_POSITIONS, PoHConfig
 from models.trm import TRMConfig
 
@@ -46,11 +47,19 @@ def parameters(config: MazeConfig) -> int:
         total += 1  # α
     if isinstance(config, PoHConfig):
         total += (d + 1) * config.halting + LEGACY_POSITIONS * d * legacy
+    if isinstance(config, MLMUConfig):
+        total += 2 * d + (cells - 1) * d  # known or not, and which step
     return total
 
 
 def flops(config: MazeConfig) -> int:
-    """FLOPs of scoring one maze: two for each multiplication in matrix products, attention and convolutions."""
+    """FLOPs of one forward over one maze: two for each multiplication in matrix products, attention and convolutions.
+
+    That scores a maze, but with MLM-U: there it is one pass over the cells and a way of `typical_steps`, which is what
+    learning from a maze takes; to say a way takes a pass for each of its steps.
+    """
+    if isinstance(config, MLMUConfig):
+        return _path_flops(config)
     d, heads, cells = config.d_model, config.num_heads, config.maze_size**2
     runs = _runs(config)
     total = runs * config.num_layers * cells * (8 * d * d + 4 * d * config.d_ff + 4 * cells * d)
@@ -58,7 +67,7 @@ def flops(config: MazeConfig) -> int:
     if config.legacy:
         total += 2 * cells * d  # its linear map of a cell
     if config.maze_enc:
-        total += 2 * cells * 9 * 16 * ((1 if config.legacy else 4) + 32) + 2 * 512 * d
+        total += _encoder_flops(config)
     if isinstance(config, PoHConfig) and config.routing != "uniform":
         width, rows = d // 2, 1 if config.route_per == "maze" else cells
         slow_runs = runs if config.legacy else math.ceil(runs / config.T)
@@ -67,6 +76,23 @@ def flops(config: MazeConfig) -> int:
     if isinstance(config, PoHConfig) and config.halting:
         total += 2 * runs * cells * d
     return total
+
+
+def typical_steps(config: MLMUConfig) -> int:
+    """A quarter of the cells: the mean of shortest ways is 33 at perfect-12, and 56 at perfect-16."""
+    return config.maze_size**2 // 4
+
+
+def _path_flops(config: MLMUConfig) -> int:
+    d, d_ff, cells, steps = config.d_model, config.d_ff, config.maze_size**2, typical_steps(config)
+    of_cells = cells * (8 * d * d + 4 * d * d_ff + 4 * cells * d)
+    of_path = 6 * d * d * (cells + steps) + steps * (2 * d * d + 4 * d * d_ff + 4 * (cells + steps) * d)
+    total = (config.num_layers - 1) * of_cells + config.num_layers * of_path + 2 * steps * d * cells
+    return total + (_encoder_flops(config) if config.maze_enc else 0)
+
+
+def _encoder_flops(config: MazeConfig) -> int:
+    return 2 * config.maze_size**2 * 9 * 16 * ((1 if config.legacy else 4) + 32) + 2 * 512 * config.d_model
 
 
 def _runs(config: MazeConfig) -> int:

@@ -166,6 +166,17 @@ class LegacyPoHBlock(nn.Module):
         return x + self.dropout(y), entropy.detach(), None
 
 
+@torch.no_grad()
+def routing_weights(model: "PoH", passages: Tensor, start: Tensor, goal: Tensor) -> Tensor:
+    """What each block's controller gives each head at each refinement, [blocks, R, B, 1 or n, H]; not for "uniform"."""
+    controllers, seen = [block.controller for block in model.blocks], []
+    hooks = [c.register_forward_hook(lambda module, inputs, out: seen.append(out[0])) for c in controllers]
+    model.encode(model.embedding(passages, start, goal))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen).unflatten(0, (model.config.R, len(controllers))).transpose(0, 1).float()
+
+
 class PoH(MazeModel):
     """The solver. `entropy_scale` is a factor on route_ent_weight, for a schedule to fill in: `scale.fill_(0.5)`."""
 

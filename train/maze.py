@@ -10,41 +10,33 @@ accelerate launch train/maze.py --suite perfect-12 --models baseline poh uniform
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import psutil
-import torch
-from torch import Tensor
-
 from models.maze_layers import SIZES, MazeConfig, MazeModel
 from models.maze_transformer import MazeTransformer, MazeTransformerConfig
+from models.mlmu import MLMU, MLMUConfig
 from models.parity import flops, legacy_match, match, parameters
 from models.poh import PoH, PoHConfig
 from models.trm import TRM, TRMConfig
+from tasks.maze.files import MazeFiles
 from tasks.maze.generate import Suite
-from tasks.maze.store import load
-from tasks.maze.task import MazeTask, outcomes
-from train.engine import ConfigError, Results, Trainer, TrainingConfig, parse
-from train.engine.evaluation import aside
-from train.engine.metrics import Row
+from tasks.maze.paths import PathTask
+from tasks.maze.task import MazeTask
+from train.engine import Results, Trainer, TrainingConfig, parse
+from train.engine.equal_steps import with_equal_steps
 from train.engine.processes import process_state
-from train.engine.run_folder import default_run_dir, read_json, write_json
+from train.engine.run_folder import default_run_dir
 from train.engine.script import sentences
+from train.maze_hooks import EntropyAnneal, Routing, Test
 from train.maze_report import report
 
-ModelName = Literal["baseline", "poh", "looped", "uniform", "frozen", "deep", "poh_depth3", "trm"]
+ModelName = Literal["baseline", "poh", "looped", "uniform", "frozen", "deep", "poh_depth3", "trm", "mlmu"]
 ORIGINAL = {"d_model": 384, "num_heads": 6, "d_ff": 1536, "num_layers": 4}  # of the 12 x 12 script
 TINY = {"d_model": 32, "num_heads": 2, "d_ff": 64, "num_layers": 1}
-KINDS = {MazeTransformerConfig: MazeTransformer, PoHConfig: PoH, TRMConfig: TRM}
-WARMUP_SHARE = 0.1  # of a run, at most: the original's warm-ups were longer than its runs
-TIMED_STEPS = 3
-SHARE_OF_TIME = 0.8  # what of --max_minutes is planned for steps; the rest goes to evaluations and tests
+KINDS = {MazeTransformerConfig: MazeTransformer, PoHConfig: PoH, TRMConfig: TRM, MLMUConfig: MLMU}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +44,8 @@ class MazeRun(TrainingConfig):
     """Flags of the maze scripts."""
 
     # Models to train one after another. poh: PoH-HRM; its controls: looped (as many refinements, no routing), uniform
-    # and frozen (routing that does not learn), deep (a baseline of poh's FLOPs), poh_depth3 (three wide layers), trm.
+    # and frozen (routing that does not learn), deep (a baseline of poh's FLOPs), poh_depth3 (three wide layers), trm;
+    # mlmu is another objective: the way itself, hidden cells to be named. It has a table of positions in any case.
     models: tuple[ModelName, ...] = ("baseline", "poh")
     # Initialisations and orders of each model, from --seed on.
     seeds: int = 1
@@ -65,6 +58,9 @@ class MazeRun(TrainingConfig):
 
     # perfect-N, perfect30px, randwall-N or hard30.
     suite: str = "perfect-12"
+    # A folder of your own mazes in place of a suite, in HRM's and TRM's format: train/ and test/ of .npy files, or
+    # train.csv and test.csv. The last --val of train are set aside; --train and --test are then at most so many.
+    data: Path | None = None
     # Cells of the way from start to goal, at least.
     min_path: int = 0
     # Share of dead ends that get a second exit.
@@ -73,6 +69,11 @@ class MazeRun(TrainingConfig):
     train: int = 10_000
     val: int = 256
     test: int = 2000
+    # Test mazes that are also walked with a forward for every step; 200 cost about four times the rest of a test on
+    # perfect-12, and leave an interval of 7 points. 0 leaves it out.
+    rollout_mazes: int = 200
+    # N of perfect-N that the trained models are tested on as well, for which they need --position rope2d.
+    test_sizes: tuple[int, ...] = ()
     # all: learn from every cell; path: from those between start and goal, as the original.
     rows: Literal["all", "path"] = "all"
     # Every maze in its eight symmetries: an epoch is eight times as long.
@@ -118,10 +119,25 @@ class MazeRun(TrainingConfig):
             found.append(f"--models names one twice: {' '.join(self.models)}")
         if self.legacy and set(self.models) - {"baseline", "poh", "poh_depth3"}:
             found.append("--legacy has the original's models only: --models baseline poh poh_depth3")
+        found += self._problems_of_mazes()
+        return found
+
+    def _problems_of_mazes(self) -> list[str]:
+        found = []
         try:
             Suite(self.suite, self.min_path, self.braid)
+            for size in self.test_sizes:
+                Suite(f"perfect-{size}")
         except ValueError as error:
-            found.append(f"--suite, --min_path, --braid: {error}")
+            found.append(f"--suite, --min_path, --braid, --test_sizes: {error}")
+        if self.data is not None and (self.min_path or self.braid or self.suite != MazeRun.suite):
+            found.append("--data brings its own mazes: leave out --suite, --min_path and --braid")
+        if self.rollout_mazes < 0:
+            found.append(f"--rollout_mazes must not be negative, not {self.rollout_mazes}")
+        if self.test_sizes and self.position == "table":
+            found.append("--test_sizes needs --position rope2d: a table has a row for each cell of one size")
+        if len(set(self.test_sizes)) < len(self.test_sizes):
+            found.append(f"--test_sizes names one twice: {' '.join(map(str, self.test_sizes))}")
         return found
 
     def filled_in(self) -> MazeRun:
@@ -129,17 +145,22 @@ class MazeRun(TrainingConfig):
         if not self.tiny:
             return self
         small = {"suite": "perfect-5", "min_path": 0, "train": 64, "val": 16, "test": 32}
+        small["rollout_mazes"] = min(self.rollout_mazes, 8)
         return dataclasses.replace(self, **small, batch_size=min(self.batch_size, 8))
+
+
+def mazes_of(run: MazeRun) -> Suite | MazeFiles:
+    return Suite(run.suite, run.min_path, run.braid) if run.data is None else MazeFiles(run.data, run.val)
 
 
 # ---- the models ------------------------------------------------------------------------------------------------------
 
 
-def configs(run: MazeRun) -> dict[str, MazeConfig]:
-    """A config for each of the run's models, matched to the baseline's."""
+def configs(run: MazeRun, maze_size: int) -> dict[str, MazeConfig]:
+    """A config for each of the run's models, matched to the baseline's, for mazes of that many rows."""
     shape = TINY if run.tiny else ORIGINAL if run.size == "12x12" else SIZES[run.size]
     common = {
-        "maze_size": Suite(run.suite).size,
+        "maze_size": maze_size,
         "horizons": run.multi_horizon,
         "maze_enc": run.maze_enc,
         "validity_mask": run.validity_mask,
@@ -172,6 +193,9 @@ def configs(run: MazeRun) -> dict[str, MazeConfig]:
             return shallow if run.legacy else match(shallow, aim, cost)
         if name == "trm":
             return match(TRMConfig(**{**shape, "num_layers": min(2, shape["num_layers"])}, **common), aim, cost)
+        if name == "mlmu":
+            own = {"position": "table", "horizons": 1, "validity_mask": False}
+            return match(MLMUConfig(**shape, **{**common, **own}), aim, cost)
         return poh
 
     return {name: made(name) for name in run.models}
@@ -181,129 +205,31 @@ def build(config: MazeConfig) -> MazeModel:
     return KINDS[type(config)](config)
 
 
-# ---- hooks -----------------------------------------------------------------------------------------------------------
-
-
-class EntropyAnneal:
-    """Lets the weight of the routing's entropy fall in a line to 0 at the run's end."""
-
-    def __call__(self, trainer: Trainer, row: Row) -> None:
-        total = trainer.progress.total_steps
-        if total is not None and hasattr(trainer.inner, "entropy_scale"):
-            trainer.inner.entropy_scale.fill_(1 - row["step"] / total)
-
-
-class Test:
-    """At the end, the test mazes, with walls and without: means into results.json, every maze into outcomes.npz."""
-
-    def __init__(self, suite: Suite, count: int, batch_size: int = 64) -> None:
-        self.mazes, self.steps = load(suite, "test", count)
-        self.batch_size, self.trainer = batch_size, None
-
-    def __call__(self, trainer: Trainer, row: Row) -> None:
-        self.trainer = trainer
-
-    def finish(self) -> None:
-        trainer = self.trainer
-        seen, blind = (self.scores(trainer, show_walls=show) for show in (True, False))
-        trainer.report["test"] = {name: value.nanmean().item() for name, value in seen.items()}
-        trainer.report["walls_zeroed"] = {name: value.nanmean().item() for name, value in blind.items()}
-        if trainer.folder is not None:
-            arrays = {name: value.numpy() for name, value in seen.items()}
-            arrays |= {f"walls_zeroed_{name}": value.numpy() for name, value in blind.items()}
-            np.savez_compressed(trainer.run_dir / "outcomes.npz", **arrays)
-
-    def scores(self, trainer: Trainer, *, show_walls: bool) -> dict[str, Tensor]:
-        parts, horizons = [], trainer.task.horizons
-        with aside(trainer.predict.model):
-            for rows in torch.arange(len(self.steps)).split(self.batch_size):
-                mazes, steps = self.mazes.take(rows), self.steps[rows]
-                parts.append(outcomes(trainer.predict, mazes, steps, horizons, show_walls=show_walls))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-# ---- equal steps for all ---------------------------------------------------------------------------------------------
-
-
-def common_length(run: MazeRun, task: MazeTask, shapes: dict[str, MazeConfig]) -> int:
-    """Optimizer steps of every model: as the limits say, or as many as all of them can make within --max_minutes."""
-    if run.max_steps is not None:
-        return run.max_steps
-    if run.epochs is not None or run.max_minutes is None:
-        return math.ceil((run.epochs or 1.0) * len(task.train) / run.batch_size)
-    state = process_state(run)
-    if state.num_processes > 1:
-        raise ConfigError("with several processes, say how long to train by --max_steps or --epochs")
-    seconds = sum(step_seconds(build(shape).to(state.device), task, run) for shape in shapes.values())
-    left = 60 * run.max_minutes - (time.time() - psutil.Process().create_time())
-    return max(1, int(SHARE_OF_TIME * left / (run.seeds * seconds)))
-
-
-def step_seconds(model: MazeModel, task: MazeTask, run: MazeRun) -> float:
-    """Of forward and backward over one batch, the least of a few."""
-    device = next(model.parameters()).device
-    items = [task.train[i % len(task.train)] for i in range(run.micro_batch_size or run.batch_size)]
-    batch = {name: value.to(device) for name, value in task.collate(items).items()}
-    times = []
-    for _ in range(TIMED_STEPS):
-        started = time.perf_counter()
-        model(**batch)["loss"].backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times) * run.batch_size / len(items)
-
-
-def planned(run: MazeRun, task: MazeTask, shapes: dict[str, MazeConfig], root: Path) -> MazeRun:
-    """The run with the length and warm-up that all its models share; a resumed one keeps what was planned at first.
-
-    Raises ConfigError where its limits now name another length.
-    """
-    file, state = root / "length.json", process_state(run)
-    if file.exists():
-        length = read_json(file)
-        named = run.max_steps is not None or run.epochs is not None
-        if named and (steps := common_length(run, task, shapes)) != length["max_steps"]:
-            raise ConfigError(
-                f"the models in {root} were begun with {length['max_steps']} steps each, not {steps}: give the same "
-                "--max_steps or --epochs, or a new --run_dir"
-            )
-    else:
-        steps = common_length(run, task, shapes)
-        warmup = run.warmup_steps if run.legacy else min(run.warmup_steps, int(WARMUP_SHARE * steps))
-        length = {"max_steps": steps, "warmup_steps": warmup}
-        if state.is_main_process and not run.plan:
-            root.mkdir(parents=True, exist_ok=True)
-            write_json(file, length)
-    if state.is_main_process and length["warmup_steps"] < run.warmup_steps:
-        print(
-            f"warm-up     {length['warmup_steps']} steps, a tenth of the run's {length['max_steps']}, in place of "
-            f"{run.warmup_steps}"
-        )
-    return dataclasses.replace(run, epochs=None, **length)
-
-
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def train_all(run: MazeRun, root: Path) -> dict[str, Any]:
     """Every model and seed in a folder of its own, then what they come to beside each other."""
-    suite = Suite(run.suite, run.min_path, run.braid)
-    task = MazeTask(suite, train=run.train, val=run.val, horizons=run.multi_horizon, rows=run.rows, augment=run.augment)
-    shapes = configs(run)
-    run = planned(run, task, shapes, root)
-    test = Test(suite, run.test)
+    source = mazes_of(run)
+    counts = {"train": run.train, "val": run.val, "augment": run.augment}
+    task = MazeTask(source, horizons=run.multi_horizon, rows=run.rows, **counts)
+    tasks = {name: PathTask(source, **counts) if name == "mlmu" else task for name in run.models}
+    shapes = configs(run, source.size)
+    models = {name: (lambda shape=shape: build(shape), tasks[name]) for name, shape in shapes.items()}
+    lengths = {"seeds": run.seeds, "epoch": task.num_mazes, "root": root}
+    run = with_equal_steps(run, models, **lengths, cap_warmup=not run.legacy)
+    test = Test(source, run.test, run.rollout_mazes, run.test_sizes, run.braid)
     results: dict[str, list[Results]] = {name: [] for name in shapes}
     for seed in range(run.seed, run.seed + run.seeds):
         for name, shape in shapes.items():
             # One model and one seed, whatever else there is: more of both can be added to the same --run_dir later.
             own = dataclasses.replace(run, run_dir=root / f"{name}-seed{seed}", models=(name,), seed=seed, seeds=1)
-            hooks = [test, *([EntropyAnneal()] if run.ent_anneal else [])]
-            trainer = Trainer(lambda _, shape=shape: build(shape), own, task, hooks)
+            hooks = [test, Routing(), *([EntropyAnneal()] if run.ent_anneal else [])]
+            trainer = Trainer(lambda _, shape=shape: build(shape), own, tasks[name], hooks)
             trainer.facts |= {"data": task.info, "model": dataclasses.asdict(shape)}
-            trainer.report["baselines"] = task.baselines()
+            trainer.report["baselines"] = tasks[name].baselines()
             results[name].append(trainer.train())
-    return report(root, run, shapes, results, test.mazes, test.steps) if process_state(run).is_main_process else {}
+    return report(root, run, shapes, results, test) if process_state(run).is_main_process else {}
 
 
 def main(

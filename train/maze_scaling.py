@@ -41,7 +41,10 @@ class ScalingRun(MazeRun):
             found.append(f"--size {self.size} is one size; name those to compare with --sizes")
         if self.suite is not None and self.maze_size != ScalingRun.maze_size:
             found.append(f"--maze_size {self.maze_size} and --suite {self.suite} both name the mazes; give one of them")
-        named = dataclasses.replace(self, suite=self.suite or f"perfect-{self.maze_size}")
+        if self.data is not None and self.maze_size != ScalingRun.maze_size:
+            found.append(f"--maze_size {self.maze_size} and --data {self.data} both name the mazes; give one of them")
+        made = MazeRun.suite if self.data is not None else f"perfect-{self.maze_size}"
+        named = dataclasses.replace(self, suite=self.suite or made)
         return found + super(ScalingRun, named).problems()
 
     def filled_in(self) -> ScalingRun:

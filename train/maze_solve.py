@@ -20,12 +20,14 @@ import tyro
 from torch import Tensor
 
 from models.maze_layers import MazeModel
+from models.mlmu import MLMU
 from tasks.maze.distance import distances
 from tasks.maze.draw import draw_mazes
+from tasks.maze.files import MazeFiles
 from tasks.maze.formats import as_text, read_text, write_text
 from tasks.maze.generate import Suite, sample
 from tasks.maze.grid import Mazes, exits, marked
-from tasks.maze.rollout import next_cells
+from tasks.maze.rollout import next_cells, said
 from tasks.maze.score import greedy, start_distance
 from tasks.maze.targets import moves_to_score
 from train.engine import ConfigError
@@ -49,8 +51,8 @@ class SolveConfig:
     output: Path = Path("maze.png")
 
 
-def load(run: Path) -> tuple[MazeModel, Suite]:
-    """The model of a run folder or checkpoint, and the suite it learned. Raises ConfigError."""
+def load(run: Path) -> tuple[MazeModel, Suite | MazeFiles]:
+    """The model of a run folder or checkpoint, and the mazes it learned. Raises ConfigError."""
     folder = find_checkpoint(run, lambda line: print(line, file=sys.stderr))
     values = read_json(folder / "config.json")
     made = [kind for kind in KINDS if {f.name for f in dataclasses.fields(kind)} == set(values)]
@@ -60,11 +62,29 @@ def load(run: Path) -> tuple[MazeModel, Suite]:
     averaged = folder / "ema.safetensors"
     load_weights(model, averaged if averaged.exists() else folder / "model.safetensors")
     data = read_json(folder.parent.parent / "run.json")["data"]
+    if "files" in data:
+        return model.eval(), MazeFiles(data["files"], data["val"])
     return model.eval(), Suite(data["suite"], data["min_path"], data["braid"])
 
 
-def answer(model: MazeModel, maze: Mazes) -> tuple[Tensor, Tensor]:
-    """Cells of the model's walk, int64 [1, L], and its probabilities of the four moves, [1, N * N, 4]."""
+def numbered(source: Suite | MazeFiles, index: int) -> Mazes:
+    """A test maze. Raises ConfigError where files have no such."""
+    if isinstance(source, Suite):
+        return sample(source, "test", torch.tensor([index]))[0]
+    mazes, _ = source.load("test", index + 1)
+    if len(mazes.start) <= index:
+        raise ConfigError(f"--index {index}: there are test mazes 0 to {len(mazes.start) - 1}")
+    return mazes.take(slice(index, index + 1))
+
+
+def answer(model: MazeModel, maze: Mazes) -> tuple[Tensor, Tensor | None]:
+    """Cells of the model's walk, int64 [1, L], and its probabilities of the four moves, [1, N * N, 4], if any."""
+    if isinstance(model, MLMU):
+        with torch.no_grad():
+            way = model(**maze._asdict())["path"]
+        _, illegal = said(maze, way)
+        way = way[way >= 0][: -1 if illegal > 0 else None]  # only the last can be a step into a wall
+        return torch.cat([maze.start, way]).unsqueeze(0), None
     with torch.no_grad():
         scores = model(**maze._asdict(), candidates=moves_to_score(maze, model.config.horizons))["scores"][:, :, 0, :4]
     ahead = next_cells(maze, greedy(maze, scores))[0].tolist()
@@ -78,14 +98,14 @@ def answer(model: MazeModel, maze: Mazes) -> tuple[Tensor, Tensor]:
 def main() -> None:
     config = tyro.cli(SolveConfig, description=__doc__)
     with sentences():
-        model, suite = load(config.run)
-        maze = read_text(config.maze)[0] if config.maze else sample(suite, "test", torch.tensor([config.index]))[0]
+        model, source = load(config.run)
+        maze = read_text(config.maze)[0] if config.maze else numbered(source, config.index)
         steps = distances(maze.passages, maze.goal)
         path, moves = answer(model, maze)
         if config.write:
             write_text(config.write, maze)
         shortest, solved = int(start_distance(maze, steps)), bool(path[0, -1] == maze.goal)
-        verdict = f"{path.shape[1] - 1} steps, the shortest way has {shortest}" if solved else "it walks in a circle"
+        verdict = f"{path.shape[1] - 1} steps, the shortest way has {shortest}" if solved else "it does not get there"
         print(as_text(maze, marked(path, maze.size))[0])
         print(f"{'solved' if solved else 'not solved'}: {verdict}; drawn in {config.output}")
         draw_mazes(maze, steps, path, config.output, titles=[verdict], moves=moves)

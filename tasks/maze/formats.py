@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tasks.maze import random
+from tasks import random
 from tasks.maze.distance import distances, shortest_path
 from tasks.maze.generate import drawn
 from tasks.maze.grid import Mazes, exits, marked, passages_of_connections, passages_of_floor

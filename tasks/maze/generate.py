@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tasks.maze import random
+from tasks import random
 from tasks.maze.distance import distances
 from tasks.maze.grid import (
     NUM_SYMMETRIES,
@@ -36,6 +36,7 @@ from tasks.maze.grid import (
 VERSION = 1
 SPLITS = {"train": range(6, 16), "val": range(4, 6), "test": range(4)}  # sixteenths of all mazes
 MAX_BATCH = 2048  # mazes worked on at once: their arrays stay in the cache
+FIRST_ATTEMPTS = 4  # for each index: most take fewer; then as many again as there were, while they fit into a batch
 MAX_ATTEMPTS = 100_000  # for one index; hard30 takes thousands
 
 
@@ -70,6 +71,10 @@ class Suite:
     def steps_at_least(self) -> int:
         own = {"randwall": self.size - 1, "hard30": 111}.get(self.kind, 1)
         return max(own, self.min_path - 1)
+
+    @property
+    def info(self) -> dict[str, str | int | float]:
+        return {"suite": self.name, "min_path": self.min_path, "braid": self.braid}
 
     @property
     def key(self) -> int:
@@ -247,7 +252,8 @@ def sample(suite: Suite, split: str, indices: Tensor) -> tuple[Mazes, Tensor]:
         while len(rows):
             if tried >= MAX_ATTEMPTS:
                 raise RuntimeError(f"{suite} found no maze for index {int(indices[rows[0]])} in {tried:,} attempts")
-            numbers = tried + torch.arange(max(1, MAX_BATCH // len(rows)), device=device)  # of attempts, all at once
+            room = max(1, MAX_BATCH // len(rows))
+            numbers = tried + torch.arange(min(room, max(FIRST_ATTEMPTS, tried)), device=device)  # of attempts, at once
             mazes = attempt(suite, random.keys(suite.key, which_split, indices[rows].unsqueeze(1), numbers).flatten())
             good = wanted[canonical_hash(mazes) & 15].nonzero().squeeze(1)
             mazes = mazes.take(good)

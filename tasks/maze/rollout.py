@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tasks.maze import random
-from tasks.maze.grid import Mazes, exits, neighbors
+from tasks import random
+from tasks.maze.grid import Mazes, exits, marked, neighbors
 
 
 class Walk(NamedTuple):
@@ -53,12 +53,23 @@ def follow(mazes: Mazes, move: Tensor) -> Walk:
     return Walk(ahead.gather(1, start).squeeze(1) == mazes.goal, length.gather(1, start).squeeze(1))
 
 
+def visited(mazes: Mazes, move: Tensor) -> Tensor:
+    """bool [B, N, N]: the cells that such a policy enters, the start included; by pointer doubling as well."""
+    ahead = next_cells(mazes, move)
+    cells = marked(mazes.start.unsqueeze(1), mazes.size).flatten(1)
+    for _ in range((mazes.size**2 - 1).bit_length()):
+        cells = cells | marked(ahead.where(cells, -1), mazes.size).flatten(1)
+        ahead = ahead.gather(1, ahead)
+    return cells.view_as(mazes.passages)
+
+
 def walk(
     mazes: Mazes,
     scores: Callable[[Mazes, Tensor, Tensor], Tensor],
     *,
     max_steps: int | None = None,
     revisits: bool = True,
+    memory: bool = True,
 ) -> Walk:
     """Step by step, the scores asked anew at every step for the mazes that are still on their way.
 
@@ -67,6 +78,7 @@ def walk(
             for the four directions. Directions into walls are never taken.
         max_steps: N * N by default.
         revisits: False leaves out cells already seen wherever another exit is left.
+        memory: False says that scores depend on the cell alone: who comes back to one circles for ever, and is let go.
     """
     size, device = mazes.size, mazes.start.device
     rows, cell = torch.arange(len(mazes.start), device=device), mazes.start.clone()
@@ -74,7 +86,10 @@ def walk(
     seen = torch.zeros(len(cell), size * size, dtype=torch.bool, device=device)
     open_, near = exits(mazes.passages.flatten(1)), neighbors(size, device)
     for _ in range(max_steps or size * size):
-        rows = rows[(cell[rows] != mazes.goal[rows])]
+        left = cell[rows] != mazes.goal[rows]
+        if not memory:
+            left &= ~seen[rows, cell[rows]]
+        rows = rows[left]
         if not len(rows):
             break
         here = cell[rows]
@@ -88,6 +103,21 @@ def walk(
         cell[rows] = torch.where(possible.any(1), ahead, here)
         length[rows] += 1
     return Walk(cell == mazes.goal, length)
+
+
+def said(mazes: Mazes, cells: Tensor) -> tuple[Walk, Tensor]:
+    """Where a way leads that was said as a whole, and the share of its steps that are no passages, float [B].
+
+    Args:
+        cells: int64 [B, L], the cell after each step, -1 behind the last. What comes after a step that is no passage,
+            or after the goal, is not walked.
+    """
+    here = torch.cat([mazes.start.unsqueeze(1), cells[:, :-1]], 1).clamp(min=0)
+    open_ = exits(mazes.passages.flatten(1).gather(1, here))
+    passage = (open_ & (neighbors(mazes.size, cells.device)[here] == cells.unsqueeze(2))).any(2)
+    reached = (cells == mazes.goal.unsqueeze(1)) & passage.cumprod(1).bool()
+    walked = Walk(reached.any(1), reached.byte().argmax(1) + 1)
+    return walked, ((cells >= 0) & ~passage).sum(1) / (cells >= 0).sum(1)
 
 
 # ---- floors and ceilings ---------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.maze import random
-from tasks.maze.distance import optimal_moves
-from tasks.maze.grid import Mazes, exits, neighbors
-from tasks.maze.rollout import Walk, follow, manhattan_scores, random_scores, walk, wall_follower
+from tasks import random
+from tasks.maze.distance import optimal_moves, shortest_path
+from tasks.maze.grid import Mazes, exits, marked, neighbors
+from tasks.maze.rollout import Walk, follow, manhattan_scores, random_scores, visited, walk, wall_follower
 
 
 def start_distance(mazes: Mazes, steps: Tensor) -> Tensor:
@@ -67,11 +67,19 @@ def greedy(mazes: Mazes, logits: Tensor, *, masked: bool = True) -> Tensor:
     return logits.argmax(-1)
 
 
-def policy_scores(mazes: Mazes, steps: Tensor, logits: Tensor) -> dict[str, Tensor]:
+def policy_scores(mazes: Mazes, steps: Tensor, logits: Tensor, answers: Tensor | None = None) -> dict[str, Tensor]:
     """All scores of one forward, per maze: the masked greedy policy's walk, the unmasked one's, and the moves'."""
-    scores = walk_scores(mazes, steps, follow(mazes, greedy(mazes, logits)))
+    move = greedy(mazes, logits)
+    scores = walk_scores(mazes, steps, follow(mazes, move))
     scores["success_unmasked"] = follow(mazes, greedy(mazes, logits, masked=False)).success.float()
-    return scores | move_scores(mazes, steps, logits)
+    return scores | grid_scores(mazes, steps, visited(mazes, move), answers) | move_scores(mazes, steps, logits)
+
+
+def length_groups(length: Tensor, count: int = 10) -> Tensor:
+    """int64 [B], from 0: which tenth of the mazes by length [B] each is in; equal lengths always in the same, so that
+    there may be fewer groups, and larger ones."""
+    edges = length.double().quantile(torch.arange(1, count, device=length.device, dtype=torch.float64) / count)
+    return torch.bucketize(length.double(), edges.unique(), right=True).unique(return_inverse=True)[1]
 
 
 # ---- floors, ceilings ------------------------------------------------------------------------------------------------
@@ -106,6 +114,23 @@ def floors(mazes: Mazes, steps: Tensor, seed: int = 0) -> dict[str, dict[str, Te
     scores["manhattan"]["fork_accuracy"] = move_scores(mazes, steps, towards)["fork_accuracy"]
     scores["oracle"]["fork_accuracy"] = move_scores(mazes, steps, optimal)["fork_accuracy"]
     return scores
+
+
+# ---- marked cells ----------------------------------------------------------------------------------------------------
+
+
+def grid_scores(mazes: Mazes, steps: Tensor, drawn: Tensor, answers: Tensor | None = None) -> dict[str, Tensor]:
+    """What those score who have a model mark the way's cells, float [B]: exact_grid and shortest_path_grid.
+
+    exact_grid asks for the marks of `answers`, bool [B, N, N], by default those of `shortest_path`; shortest_path_grid
+    for those of any shortest way. The two are one where only one way leads to the goal, as in every perfect maze. For
+    the cells that a walk enters the second is `optimal` under another name.
+    """
+    answers = marked(shortest_path(mazes, steps), mazes.size) if answers is None else answers
+    return {
+        "exact_grid": (drawn == answers).flatten(1).all(1).float(),
+        "shortest_path_grid": shortest_path_grid(mazes, steps, drawn).float(),
+    }
 
 
 def shortest_path_grid(mazes: Mazes, steps: Tensor, drawn: Tensor) -> Tensor:

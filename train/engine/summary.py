@@ -68,9 +68,14 @@ class Results:
             f"time        {phases}",
             f"final       {_scores(self.final)}",
             f"best        {_scores(self.best)}",
-            *(f"{name:<11} {_scores(value)}" for name, value in self.report.items() if isinstance(value, dict)),
+            *(f"{name:<11} {_scores(value)}" for name, value in self.report.items() if _is_flat(value)),
             f"again       {self.command}",
         ]
+
+
+def _is_flat(value: Any) -> bool:
+    """Scores by name, short enough for a line."""
+    return isinstance(value, dict) and not any(isinstance(v, (dict, list)) for v in value.values())
 
 
 def _scores(scores: dict[str, float]) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.maze import formats, random
+from tasks import random
+from tasks.maze import formats
 from tasks.maze.distance import distances, shortest_path
 from tasks.maze.generate import Suite, attempt
 from tasks.maze.grid import Mazes, passages_of_connections

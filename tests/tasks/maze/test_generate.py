@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tasks.maze import random
+from tasks import random
 from tasks.maze.distance import distances, optimal_moves, shortest_path
 from tasks.maze.generate import SPLITS, Suite, attempt, canonical_hash, drawn, sample
 from tasks.maze.grid import (

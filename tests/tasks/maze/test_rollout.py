@@ -5,18 +5,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tasks.maze import random
+from tasks import random
 from tasks.maze.distance import optimal_moves, shortest_path
 from tasks.maze.generate import Suite, sample
 from tasks.maze.grid import Mazes, exits, neighbors
-from tasks.maze.rollout import follow, manhattan_scores, next_cells, random_scores, walk
+from tasks.maze.rollout import follow, manhattan_scores, next_cells, random_scores, said, visited, walk
 from tasks.maze.score import (
     floors,
     fork_floor,
     forks,
     greedy,
+    length_groups,
     policy_scores,
     shortest_path_grid,
+    start_distance,
     walk_scores,
 )
 
@@ -54,6 +56,48 @@ def test_pointer_doubling_is_walking_step_by_step(batch, noise):
     stepwise = walk(mazes, lambda left, cell, rows: torch.nn.functional.one_hot(move[rows, cell], 4).float())
     assert torch.equal(stepwise.success, found.success)
     assert torch.equal(stepwise.length[found.success], found.length[found.success])
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 100.0])
+def test_the_cells_of_a_walk_are_those_it_enters(batch, noise):
+    mazes, steps = batch
+    move = greedy(mazes, nearly_optimal(mazes, steps, noise))
+    ahead, entered = next_cells(mazes, move), torch.zeros(len(mazes.start), mazes.size**2, dtype=torch.bool)
+    cell = mazes.start.unsqueeze(1)
+    for _ in range(mazes.size**2):
+        entered.scatter_(1, cell, True)
+        cell = ahead.gather(1, cell)
+    assert torch.equal(visited(mazes, move).flatten(1), entered)
+
+
+def test_who_has_no_memory_is_let_go_where_he_has_been(batch):
+    mazes, steps = batch
+    move, asked = greedy(mazes, nearly_optimal(mazes, steps, 1.0)), []
+
+    def scores(left, cell, rows):
+        asked.append(len(rows))
+        return torch.nn.functional.one_hot(move[rows, cell], 4).float()
+
+    whole, of_whole = walk(mazes, scores), sum(asked)
+    asked.clear()
+    short = walk(mazes, scores, memory=False)
+    assert torch.equal(short.success, whole.success) and 0 < whole.success.sum() < len(whole.success)
+    assert torch.equal(short.length[short.success], whole.length[whole.success])
+    assert sum(asked) < of_whole / 2
+
+
+def test_a_way_that_is_said_counts_while_its_steps_are_passages(batch):
+    mazes, steps = batch
+    way = shortest_path(mazes, steps)[:, 1:]
+    walked, illegal = said(mazes, way)
+    assert walked.success.all() and torch.equal(walked.length, start_distance(mazes, steps)) and (illegal == 0).all()
+    headless, _ = said(mazes, way.where(torch.arange(way.shape[1]) > 0, mazes.start.unsqueeze(1)))
+    assert not headless.success.any(), "a step that stays is no passage"
+    beyond, _ = said(mazes, torch.cat([way.where(way >= 0, 0), way[:, :1]], 1))
+    assert torch.equal(beyond.length, walked.length), "what is said behind the goal does not count"
+    jump, illegal = said(mazes, mazes.goal.unsqueeze(1))
+    near = walked.length == 1
+    assert torch.equal(jump.success, near) and torch.equal(illegal, (~near).float())
 
 
 def test_no_walk_goes_through_a_wall(batch):
@@ -148,6 +192,30 @@ def test_scores_fall_as_moves_get_worse_and_illegal_ones_are_counted():
     for name in ("success", "optimal", "spl", "fork_accuracy", "success_unmasked"):
         assert bad[name].nanmean() < 0.9
     assert bad["illegal_moves"].mean() > 0.05
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=str)
+def test_a_walk_marks_a_shortest_way_if_and_only_if_it_is_optimal(suite):
+    mazes, steps = sample(suite, "val", torch.arange(100))
+    scores = policy_scores(mazes, steps, nearly_optimal(mazes, steps, 0.3))
+    assert torch.equal(scores["shortest_path_grid"], scores["optimal"]) and 0 < scores["optimal"].mean() < 1
+    if suite.kind == "perfect" and not suite.braid:
+        assert torch.equal(scores["exact_grid"], scores["optimal"])
+    else:
+        assert (scores["exact_grid"] <= scores["optimal"]).all() and scores["exact_grid"].sum() < scores[
+            "optimal"
+        ].sum()
+
+
+def test_tenths_by_length_keep_equal_lengths_together():
+    length = torch.randint(3, 40, (1000,), generator=torch.Generator().manual_seed(0))
+    group = length_groups(length)
+    assert group.unique().tolist() == list(range(10)) and torch.bincount(group).min() > 60
+    order = length.argsort()
+    assert (group[order].diff() >= 0).all() and len(torch.stack([length, group]).unique(dim=1)[0]) == len(
+        length.unique()
+    )
+    assert length_groups(torch.full((7,), 5)).unique().tolist() == [0]
 
 
 def test_any_shortest_path_counts_on_the_grid_and_nothing_else():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.maze.compare import holm, mcnemar, over_seeds, paired_difference, wilson
+from tasks.compare import holm, mcnemar, over_seeds, paired_difference, wilson
 
 
 def test_intervals_and_p_values_are_the_textbooks():

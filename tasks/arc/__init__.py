@@ -1,0 +1,1 @@
+"""ARC: coloured grids, a few demonstrations of a rule, and one question."""
