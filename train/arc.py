@@ -124,7 +124,7 @@ class ArcRun(TrainingConfig):
         if not self.tiny:
             return self
         data = {} if self.data is not None else TINY
-        return dataclasses.replace(self, **data, free_run_at_end=2, batch_size=min(self.batch_size, 8))
+        return dataclasses.replace(self, **data, free_run_at_end=4, batch_size=min(self.batch_size, 8))
 
     def shape(self) -> ArcConfig:
         """The config of the model that the flags ask for."""

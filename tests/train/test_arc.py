@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,6 +94,8 @@ def test_what_cannot_be_is_refused_before_anything_begins(config, flags, sentenc
 
 
 def test_puzzles_are_split_by_sorted_id_and_none_is_learned_that_is_scored_on(tmp_path):
+    for name in ("all", "turned"):
+        (tmp_path / name).mkdir()
     for i in range(5):
         write_puzzle(tmp_path / "all" / f"{i}.json", puzzle(str(i), i))
     run = dataclasses.replace(preset_of(ChampionRun, []), data=str(tmp_path / "all"))
@@ -115,6 +118,12 @@ def test_the_decoder_of_the_original_vocabulary_trains_and_is_told_shapes(tmp_pa
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _small_answers(monkeypatch):
+    """A model that has learned nothing speaks until it is stopped."""
+    monkeypatch.setattr(arc_solve, "solve", partial(arc_solve.solve, max_size=4))
 
 
 @pytest.fixture
@@ -177,11 +186,11 @@ def test_training_at_test_time_changes_a_copy_only(champion, bundle):
 
 def test_the_ladder_sets_experiments_of_equal_steps_side_by_side(tmp_path):
     root = tmp_path / "ladder"
-    flags = ["--experiments", "encoder_decoder", "champion", "--seeds", "2", "--run_dir", str(root)]
+    flags = ["--experiments", "encoder_decoder", "grid2d", "--seeds", "2", "--free_run", "0", "--run_dir", str(root)]
     summary = arc_ladder.main([*TINY, *flags])
     rows = summary["experiments"]
     assert {row["steps"] for row in rows.values()} == {2} and set(summary["steps_up"]) == {
-        "champion over encoder_decoder"
+        "grid2d over encoder_decoder"
     }
     assert "± " in (root / "table.md").read_text(encoding="utf-8")
     assert arc_ladder.main([*TINY, *flags])["experiments"] == rows  # finished runs are read, not made again
