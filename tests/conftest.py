@@ -21,8 +21,8 @@ def _cache_of_our_own(tmp_path_factory):
 
 @pytest.fixture
 def run_command(tmp_path: Path, monkeypatch, capsys) -> Callable[[str], tuple[int, str]]:
-    """Run `accelerate launch script flags` or `python script flags` in this process, from a folder that looks like the
-    checkout; returns (exit status, what it printed)."""
+    """Run `accelerate launch script flags`, `python script flags` or `python -m module flags` in this process, from a
+    folder that looks like the checkout; returns (exit status, what it printed)."""
     for name in ("train", "benchmarks", "accelerate_configs", "README.md"):
         if not (tmp_path / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
@@ -32,11 +32,12 @@ def run_command(tmp_path: Path, monkeypatch, capsys) -> Callable[[str], tuple[in
 
     def run(command: str) -> tuple[int, str]:
         words = shlex.split(command)
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        as_module = words[:2] == ["python", "-m"]
+        script = 2 if as_module else next(i for i, word in enumerate(words) if word.endswith(".py"))
         monkeypatch.setattr(sys, "argv", words[script:])
         status = 0
         try:
-            runpy.run_path(words[script], run_name="__main__")
+            (runpy.run_module if as_module else runpy.run_path)(words[script], run_name="__main__")
         except SystemExit as stopped:
             status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
         out, err = capsys.readouterr()
