@@ -146,6 +146,7 @@ class ConcatMLP(nn.Module):
 
 PRESETS = {
     "trial69": ChampionConfig(),
+    "small": ChampionConfig(d_model=64, d_ff=256),  # 0.37 M, for a CPU
     "tiny": ChampionConfig(d_model=32, num_heads=2, decoder_layers=2, d_ff=64),
 }
 
