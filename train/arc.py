@@ -24,6 +24,7 @@ from train.arc_report import OriginNames, Report
 from train.engine import ConfigError, Results, Trainer, TrainingConfig, parse
 from train.engine.config import normalize, read_settings
 from train.engine.optim import OptimizerName, ScheduleName
+from train.engine.processes import process_state
 from train.engine.script import sentences
 
 TRIAL69_LR = 0.0018498849832733245
@@ -190,7 +191,7 @@ def data_of(run: ArcRun) -> dict[str, Sequence[Episode]]:
     learned, leaking = without_leaks(learned, scored)
     if not learned:
         raise ConfigError(f"all puzzles of --data {run.data} are among those to be scored on; there is none to learn")
-    if leaking:
+    if leaking and process_state(run).is_main_process:
         print(f"data        {len(leaking)} puzzles are not learned: they are, or show, puzzles to be scored on")
     solved = [episode for puzzle in scored for episode in questions(puzzle) if episode.query.output is not None]
     return {"train": learnable(learned), "val": solved or learnable(scored)}

@@ -2,7 +2,7 @@
 train/maze_scaling.py are this script with other defaults.
 
 accelerate launch train/maze.py --suite perfect-8 --size micro --position rope2d --validity_mask --dropout 0 \
-    --batch_size 8 --lr 4e-3 --models poh --max_minutes 2
+    --batch_size 8 --lr 4e-3 --rollout_mazes 0 --models baseline --max_minutes 2
 accelerate launch train/maze.py --suite randwall-20 --models baseline looped poh --max_steps 20000
 accelerate launch train/maze.py --suite perfect-12 --models baseline poh uniform frozen deep --seeds 5 --epochs 10
 """
@@ -69,9 +69,9 @@ class MazeRun(TrainingConfig):
     train: int = 10_000
     val: int = 256
     test: int = 2000
-    # Test mazes that are also walked with a forward for every step; 200 cost about four times the rest of a test on
-    # perfect-12, and leave an interval of 7 points. 0 leaves it out.
-    rollout_mazes: int = 200
+    # Test mazes that are also walked with a forward for every step, about N^2 of them a maze; 100 leave an interval of
+    # 10 points to either side. 0 leaves it out.
+    rollout_mazes: int = 100
     # N of perfect-N that the trained models are tested on as well, for which they need --position rope2d.
     test_sizes: tuple[int, ...] = ()
     # all: learn from every cell; path: from those between start and goal, as the original.

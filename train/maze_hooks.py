@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,18 @@ class Test:
     ) -> None:
         self.mazes, self.steps = load_from(source, "test", count)
         self.answers = source.answers[:count] if isinstance(source, MazeFiles) else None
-        self.rollouts, self.trainer = rollouts, None
+        self.rollouts, self.trainer, self.seconds_at_end = rollouts, None, 0.0
         self.sizes = {n: load_from(Suite(f"perfect-{n}", braid=braid), "test", count) for n in sizes}
 
     def __call__(self, trainer: Trainer, row: Row) -> None:
+        if trainer is not self.trainer:
+            few = slice(min(BATCH, len(self.steps)))
+            started = time.perf_counter()
+            trainer.task.outcomes(trainer.predict, self.mazes.take(few), self.steps[few])
+            each = (time.perf_counter() - started) / few.stop
+            larger = sum((n / self.mazes.size) ** 2 for n in self.sizes)
+            # Two walks that ask anew at every step take about N^2 / 2 of them.
+            self.seconds_at_end = each * ((2 + larger) * len(self.steps) + self.rollouts * self.mazes.size**2)
         self.trainer = trainer
 
     def finish(self) -> None:

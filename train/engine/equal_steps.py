@@ -19,7 +19,7 @@ from train.engine.run_folder import read_json, write_json
 
 WARMUP_SHARE = 0.1  # of a run, at most: the originals' warm-ups were longer than their runs
 TIMED_STEPS = 3
-SHARE_OF_TIME = 0.8  # what of --max_minutes is planned for steps; the rest goes to evaluations and tests
+SHARE_OF_TIME = 0.75  # what of --max_minutes is planned for steps; the rest goes to evaluations and tests
 
 Config = TypeVar("Config", bound=TrainingConfig)
 Models = Mapping[str, tuple[Callable[[], nn.Module], Any]]

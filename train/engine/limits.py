@@ -16,7 +16,7 @@ ROWS, EVALUATIONS = 100, 10
 EVALUATION_SHARE = 0.15
 # and what lies ahead is planned this much slower than it was measured: better to end a little early than half way down.
 SLACK = 1.1
-# Report, plot, sample and the interpreter's own end, in seconds.
+# Report, plot, sample and the interpreter's own end, in seconds; a hook's `seconds_at_end` come on top.
 LAST_WORDS = 4.0
 
 
@@ -40,6 +40,7 @@ class Limits:
 
     def __init__(self, config: TrainingConfig, steps_per_epoch: float, spent: float) -> None:
         self.config, self._spent = config, spent
+        self.last_words = LAST_WORDS
         self._start = start = psutil.Process().create_time()
         ends: list[tuple[float, str]] = []
         if config.max_minutes is not None:
@@ -74,7 +75,7 @@ class Limits:
         pause_seconds: one evaluation and one checkpoint.
         """
         pause_seconds *= SLACK
-        left = self.deadline - time.time() - pause_seconds - LAST_WORDS
+        left = self.deadline - time.time() - pause_seconds - self.last_words
         pauses = max(0, min(EVALUATIONS - 1, int(EVALUATION_SHARE * left / max(pause_seconds, 1e-3))))
         if self.config.eval_every is None:
             left -= pauses * pause_seconds
@@ -87,7 +88,7 @@ class Limits:
 
     def out_of_time(self, step_seconds: float, pause_seconds: float) -> bool:
         """Whether one more step and the end of the run would not fit before the deadline."""
-        return time.time() + SLACK * (step_seconds + pause_seconds) + LAST_WORDS > self.deadline
+        return time.time() + SLACK * (step_seconds + pause_seconds) + self.last_words > self.deadline
 
     def reason(self, step: int, late: bool) -> str:
         """What ended a run that stopped at `step`, by the name of its flag."""

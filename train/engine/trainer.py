@@ -20,7 +20,7 @@ from train.engine.evaluation import Predictor, aside
 from train.engine.fit import first_micro_batch, fit, recompute_if_asked
 from train.engine.guard import PATIENCE, Guard, TrainingBroken
 from train.engine.launch import open_backend
-from train.engine.limits import Intervals, Limits
+from train.engine.limits import LAST_WORDS, Intervals, Limits
 from train.engine.logbook import Logbook
 from train.engine.metrics import Row, Stopwatch
 from train.engine.optim import learning_rate, make_optimizer, set_learning_rate
@@ -52,7 +52,8 @@ class Task(Protocol):
 
 class Trainer:
     """Trains `model` on `task`. hooks: called as hook(trainer, row) after every evaluation, on every process; one that
-    has a `finish()` is told the end, one that has a `saved(trainer)` of every checkpoint.
+    has a `finish()` is told the end, for which --max_minutes leaves it the `seconds_at_end` that it has by then; one
+    that has a `saved(trainer)` is told of every checkpoint.
 
     `model` may be a function of the config that builds one: it is then fitted to the machine's memory (`fit`) and built
     once it is known to fit; `trainer.config` holds the settings that came of it. A script may fill `facts` (for
@@ -328,6 +329,7 @@ class Trainer:
             row = self.book.val_row(progress, scores)
             for hook in self.hooks:
                 hook(self, row)
+        self.limits.last_words = LAST_WORDS + sum(getattr(hook, "seconds_at_end", 0.0) for hook in self.hooks)
         self.clock.add("evaluation", time.perf_counter() - started)
         self._seconds["evaluation"] = time.perf_counter() - started
         progress.last = {"step": progress.step, "scores": scores}
