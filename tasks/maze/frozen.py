@@ -12,4 +12,5 @@ TEST_HASHES: dict[tuple[str, int, float], tuple[int, str]] = {
     ("perfect30px", 0, 0.0): (2000, "71ddc222d8f3d3f43f65f575a4c2d04edd2ece7214e0cfcd5562a0f317bbe2c3"),
     ("randwall-20", 0, 0.0): (2000, "f88f6f1e52f4d01eb24b64c3d766b88ccd521362d40573dde660c08cc3b6a5a1"),
     ("randwall-30", 0, 0.0): (2000, "ff04577b41b0d70b056b538615f50fe3675870db008b991d5aa9eb37e9ffdff2"),
+    ("hard30", 0, 0.0): (50, "8a4f76be6607a031270b4864e4af515d7a2f5bedb6b13c95cd40b0df3844e67d"),
 }
