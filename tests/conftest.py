@@ -35,6 +35,8 @@ def run_command(tmp_path: Path, monkeypatch, capsys) -> Callable[[str], tuple[in
         as_module = words[:2] == ["python", "-m"]
         script = 2 if as_module else next(i for i, word in enumerate(words) if word.endswith(".py"))
         monkeypatch.setattr(sys, "argv", words[script:])
+        if as_module:
+            sys.modules.pop(f"{words[2]}.__main__", None)  # another test's import, of which runpy would warn
         status = 0
         try:
             (runpy.run_module if as_module else runpy.run_path)(words[script], run_name="__main__")
