@@ -22,6 +22,7 @@ from kernels import linear_cross_entropy
 from models.arc_layers import (
     IGNORE_INDEX,
     PAD,
+    ROPE2D_BASE,
     SEP,
     VOCAB_SIZE,
     ArcConfig,
@@ -33,7 +34,6 @@ from models.layers import rotary
 
 LEGACY_VOCAB_SIZE = 11  # colours, and one token that is both padding and separator
 ROPE_BASE = 10_000.0
-ROPE2D_BASE = 100.0  # the slowest angle turns by a third of a radian over 30 rows
 # Grids are told apart by how far before the answer they stand: 10 demonstrations, the most that ARC has, and the
 # question. Those before them share the last vector.
 MAX_GRIDS = 22

@@ -28,15 +28,19 @@ from models.arc_layers import (
     IGNORE_INDEX,
     NUM_COLOURS,
     PAD,
+    ROPE2D_BASE,
     VOCAB_SIZE,
     ArcConfig,
     ArcModel,
     Cache,
     Layer,
+    Memory,
+    Turn,
     check_integers,
     grid2d,
     sinusoids,
 )
+from models.layers import rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class ArcEncoderDecoderConfig(ArcConfig):
     position: str = "sinusoidal"  # by order in the sequence; or "grid2d": by row and column
     perminv: str = "table"  # a vector for each colour; or "canonical": for each in order of appearance
     fix_zero: bool = False  # canonical: colour 0 keeps a vector of its own
+    rope2d: bool = False  # in attention, places are told by how far they are apart, too
     refine: int = 1  # passes of the decoder, each shown what the one before would say
 
     def problems(self) -> list[str]:
@@ -61,6 +66,8 @@ class ArcEncoderDecoderConfig(ArcConfig):
         found += self.not_one_of("perminv", ("table", "canonical"))
         if self.d_model % 4:
             found.append(f"d_model must be a multiple of 4, for sines and cosines both ways, not {self.d_model}")
+        if self.rope2d and self.num_heads >= 1 and self.d_model // self.num_heads % 4:
+            found.append(f"rope2d needs heads of a multiple of 4 channels, not {self.d_model // self.num_heads}")
         if self.fix_zero and self.perminv != "canonical":
             found.append(f"fix_zero needs perminv canonical, not {self.perminv!r}")
         return found
@@ -75,7 +82,7 @@ PRESETS = {
 class Context(NamedTuple):
     """What a decoder is told about its question."""
 
-    memories: Sequence[tuple[Tensor, Tensor]]  # [B, m, D], and which of them are there, bool [B, 1, 1, m]
+    memories: Sequence[Memory]
     rule: Tensor | None = None  # [B, 1, D], from the demonstrations
 
 
@@ -184,14 +191,20 @@ class ArcEncoderDecoder(ArcModel):
     ) -> Context:
         return Context([self.encode_source(source, source_rows, source_columns)])
 
-    def encode_source(
-        self, source: Tensor, rows: Tensor, columns: Tensor, memories: Sequence[tuple[Tensor, Tensor]] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Cells [B, S] -> hidden [B, S, D], and which are there [B, 1, 1, S]."""
+    def encode_source(self, source: Tensor, rows: Tensor, columns: Tensor, memories: Sequence[Memory] = ()) -> Memory:
+        """Cells [B, S] as a memory."""
         x, there = self.dropout(self.embed(source) + self.place(rows, columns)), (source != PAD)[:, None, None]
+        turn = self.turn(rows, columns)
         for layer in self.encoder:
-            x = self.run(layer, x, memories, mask=there)
-        return self.encoder_norm(x), there
+            x = self.run(layer, x, memories, mask=there, turn=turn)
+        return Memory(self.encoder_norm(x), there, turn)
+
+    def turn(self, rows: Tensor, columns: Tensor) -> Turn | None:
+        """Of heads at places [B, n]: RoPE by row and column (arXiv 2403.13298)."""
+        if not self.config.rope2d:
+            return None
+        cos, sin = rotary((rows, columns), self.config.d_model // self.config.num_heads, ROPE2D_BASE)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
     def place(self, rows: Tensor, columns: Tensor, start: int = 0) -> Tensor:
         """For tokens [..., n], of which the first is number `start` of its sequence: [..., n, D] or [n, D]."""
@@ -219,7 +232,7 @@ class ArcEncoderDecoder(ArcModel):
         start: int = 0,
     ) -> list[Tensor]:
         """Logits [B, n, V] of each pass. With caches, of each pass's layers, tokens [B, 1] go on where they end."""
-        x = self.dropout(self.embed(tokens) + self.place(rows, columns, start))
+        x, turn = self.dropout(self.embed(tokens) + self.place(rows, columns, start)), self.turn(rows, columns)
         passes = []
         for k in range(self.config.refine):
             h = x
@@ -228,7 +241,7 @@ class ArcEncoderDecoder(ArcModel):
             for i, layer in enumerate(self.decoder):
                 h = self.condition(h, context, i)
                 cache = None if caches is None else caches[k][i]
-                h = self.run(layer, h, context.memories, causal=caches is None, caches=cache)
+                h = self.run(layer, h, context.memories, causal=caches is None, turn=turn, caches=cache)
             h = self.condition(h, context, len(self.decoder))
             passes.append(self.head(self.norm(h)).masked_fill(~possible, -math.inf))
         return passes

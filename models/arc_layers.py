@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ NUM_COLOURS = 10
 PAD, SEP, EOL, EOS, BOS, MASK = range(10, 16)
 VOCAB_SIZE = 16
 IGNORE_INDEX = -100
+ROPE2D_BASE = 100.0  # the slowest angle turns by a third of a radian over 30 rows
 # Rows and columns 0 … 30 (a row's end stands behind its last cell, an answer's end below its last row).
 NUM_PLACES = 31
 SINUSOID_BASE = 10_000.0
@@ -75,6 +76,17 @@ def grid2d(rows: Tensor, columns: Tensor, channels: int) -> Tensor:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+Turn = tuple[Tensor, Tensor]  # cosines and sines of places, as `models.layers.rotate` takes them
+
+
+class Memory(NamedTuple):
+    """What may be attended to: cells [B, m, D], which are there bool [B, 1, 1, m], where they are if that counts."""
+
+    cells: Tensor
+    there: Tensor
+    turn: Turn | None = None
+
+
 class Cache:
     """The keys and values [B, H, n, C] that an attention has seen in a session."""
 
@@ -115,14 +127,16 @@ class Attention(nn.Module):
         *,
         mask: Tensor | None = None,
         causal: bool = False,
-        turn: tuple[Tensor, Tensor] | None = None,
+        turn: Turn | None = None,
+        memory_turn: Turn | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """x [B, n, D], memory [B, m, D] -> [B, n, D].
 
         Args:
             mask: bool, broadcastable to [B, H, n, m]: who may be looked at.
-            turn: cosines and sines [B, 1, n, C / 2] that rotate queries and keys.
+            turn: cosines and sines [B, 1, n, C / 2] that rotate x's queries and keys.
+            memory_turn: the same for a memory's keys, [B, 1, m, C / 2].
             cache: makes x see what was seen before; a memory is read into it once.
         """
         queries = self._heads(self.query(x))
@@ -132,8 +146,9 @@ class Attention(nn.Module):
             keys, values = cache.all()
         else:
             keys, values = map(self._heads, self.key_value(x if memory is None else memory).chunk(2, -1))
-            if turn is not None:
-                keys = rotate(keys, *turn)
+            own = turn if memory is None else memory_turn
+            if own is not None:
+                keys = rotate(keys, *own)
             if cache is not None:
                 keys, values = cache.append(keys, values)
         rate = self.dropout if self.training else 0.0
@@ -159,16 +174,16 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memories: Sequence[tuple[Tensor, Tensor]] = (),
+        memories: Sequence[Memory] = (),
         *,
         mask: Tensor | None = None,
         causal: bool = False,
-        turn: tuple[Tensor, Tensor] | None = None,
+        turn: Turn | None = None,
         caches: Sequence[Cache] | None = None,
     ) -> Tensor:
-        """x [B, n, D], memories of [B, m, D] with masks -> [B, n, D]. Options as of `Attention`, of x to itself."""
+        """x [B, n, D] -> [B, n, D]. Options as of `Attention`, of x to itself; turn is x's to memories too."""
         looks = [{"mask": mask, "causal": causal, "turn": turn}]
-        looks += [{"memory": memory, "mask": seen} for memory, seen in memories]
+        looks += [{"memory": m.cells, "mask": m.there, "turn": turn, "memory_turn": m.turn} for m in memories]
         caches = [None] * len(looks) if caches is None else caches
         for norm, attention, look, cache in zip(self.norms, self.attentions, looks, caches, strict=True):
             x = x + self.dropout(attention(norm(x), **look, cache=cache))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.arc_decoder import ArcDecoder, ArcDecoderConfig
 from models.arc_encoder_decoder import ArcEncoderDecoder, ArcEncoderDecoderConfig, Context
-from models.arc_layers import PAD, Layer
+from models.arc_layers import PAD, Layer, Memory
 
 BRIDGES = ("none", "concat_mlp", "film", "cross_attn")
 PARAMETERS = 1_724_619  # the original's, and what the ladder's models have within 1 %
@@ -85,11 +85,11 @@ class Champion(ArcEncoderDecoder):
             return Context([self.encode_source(*question)])
         shown = self.encode_demos(demos, demo_rows, demo_columns)
         if self.pool is not None:
-            return Context([self.encode_source(*question)], self.pool(*shown))
+            return Context([self.encode_source(*question)], self.pool(shown.cells, shown.there))
         return Context([self.encode_source(*question, [shown]), shown])
 
-    def encode_demos(self, demos: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells [B, P, 2, M] -> hidden [B, m, D] of all cells, of each pair and of nothing at all, and which are there.
+    def encode_demos(self, demos: Tensor, rows: Tensor, columns: Tensor) -> Memory:
+        """Cells [B, P, 2, M] as a memory of nothing at all, and of each pair and all of its cells.
 
         Without a demonstration there would be nothing to attend to, hence the last of these.
         """
@@ -99,11 +99,14 @@ class Champion(ArcEncoderDecoder):
         there = (demos != PAD).flatten(2)  # [B, P, 2M]
         x = torch.cat([self.pair(one.expand(-1, pairs).unsqueeze(2)), x.flatten(2, 3)], 2)  # [B, P, 1 + 2M, D]
         x, mask = self.dropout(x).flatten(0, 1), F.pad(there, (1, 0), value=True).flatten(0, 1)[:, None, None]
+        rows, columns = (F.pad(place.flatten(2), (1, 0)) for place in (rows, columns))  # a pair is at (0, 0)
+        turn = self.turn(rows.flatten(0, 1), columns.flatten(0, 1))
         for layer in self.demo_layers if pairs else ():
-            x = self.run(layer, x, mask=mask)
+            x = self.run(layer, x, mask=mask, turn=turn)
         there = torch.cat([there.any(2, keepdim=True), there], 2).flatten(1)
         x = torch.cat([self.nothing(one), x.reshape(batch, -1, x.shape[-1])], 1)
-        return self.demo_norm(x), F.pad(there, (1, 0), value=True)[:, None, None]
+        turn = self.turn(*(F.pad(place.flatten(1), (1, 0)) for place in (rows, columns)))
+        return Memory(self.demo_norm(x), F.pad(there, (1, 0), value=True)[:, None, None], turn)
 
     def condition(self, x: Tensor, context: Context, depth: int) -> Tensor:
         bridge = str(depth)

@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 100,
         "early_stopping_patience": None,
         "episodes": 100_000,
-        "augment": True,
+        "rope2d": True,
         "dropout": False,
         "tensorboard": False,
         "seed": 0,
@@ -60,7 +60,7 @@ class ArcRun(TrainingConfig):
     experiment: ClassVar[str]
     kind: ClassVar[str] = "encoder_decoder"
 
-    # tenfold: AdamW with warm-up and one cosine, new episodes without end, augmentation, no dropout.
+    # tenfold: AdamW with warm-up and one cosine, new episodes without end, rotary places, no dropout.
     preset: Literal["trial69", "tenfold"] = "trial69"
 
     # Puzzles to learn in place of our skills: a file, a folder, a Kaggle bundle, or arc1-training, arc2-training
@@ -156,7 +156,9 @@ def preset_of(config_class: type[Run], argv: Sequence[str]) -> Run:
     name = named.preset
     if name is None and named.settings is not None:
         name = read_settings(config_class, named.settings).get("preset")
-    return config_class(**PRESETS.get(name or "trial69", {}))  # a name that is not known, the parser refuses
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    values = PRESETS.get(name or "trial69", {})  # a name that is not known, the parser refuses
+    return config_class(**{name: value for name, value in values.items() if name in fields})
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 accelerate launch train/champion.py                                 # the original's recipe on our fourteen skills
 accelerate launch train/champion.py --preset tenfold --skills reflect upscale colour_map --max_minutes 60
 accelerate launch train/champion.py --bridge concat_mlp --perminv table      # a summary of the rule, names of colours
-accelerate launch train/champion.py --preset tenfold --data arc1-training --val_data arc1-evaluation --context_pairs 4
+accelerate launch train/champion.py --preset tenfold --data arc1-training --val_data arc1-evaluation --augment
 python train/arc_solve.py evaluation.json -o submission.json --checkpoint runs/champion/RUN
 """
 
@@ -36,6 +36,8 @@ class ChampionRun(ArcRun):
     fix_zero: bool = False
     # grid2d: by row and column; sinusoidal: by order in the sequence.
     position: Literal["sinusoidal", "grid2d"] = "grid2d"
+    # In attention, places are told by how far they are apart, too.
+    rope2d: bool = False
     # Passes of the decoder, each shown what the one before would say.
     refine: int = 1
 
@@ -49,7 +51,9 @@ class ChampionRun(ArcRun):
         return found
 
     def shape(self) -> ChampionConfig:
-        flags = {name: getattr(self, name) for name in ("bridge", "perminv", "fix_zero", "position", "refine")}
+        flags = {
+            name: getattr(self, name) for name in ("bridge", "perminv", "fix_zero", "position", "rope2d", "refine")
+        }
         config = dataclasses.replace(
             PRESETS["tiny" if self.tiny else self.size], **flags, **({} if self.dropout else NO_DROPOUT)
         )

@@ -30,6 +30,8 @@ class EncoderDecoderRun(ArcRun):
     perminv: Literal["table", "canonical"] = "table"
     # With canonical, colour 0 keeps its name: the background of most puzzles.
     fix_zero: bool = False
+    # In attention, places are told by how far they are apart, too.
+    rope2d: bool = False
     # Passes of the decoder, each shown what the one before would say.
     refine: int = 1
 
@@ -45,6 +47,7 @@ class EncoderDecoderRun(ArcRun):
             position=self.position,
             perminv=self.perminv,
             fix_zero=self.fix_zero,
+            rope2d=self.rope2d,
             refine=self.refine,
             **({} if self.dropout else NO_DROPOUT),
         )

@@ -339,3 +339,21 @@ def test_the_vocabulary_is_the_tasks():
     for name in ("PAD", "SEP", "EOL", "EOS", "BOS", "MASK", "VOCAB_SIZE", "IGNORE_INDEX"):
         assert getattr(arc_layers, name) == getattr(tokens, name)
     assert arc_decoder.LEGACY_VOCAB_SIZE == tokens.LEGACY_VOCAB_SIZE
+
+
+@pytest.mark.parametrize("bridge", ["none", "film", "cross_attn"])
+def test_rope2d_tells_places_apart_wherever_there_is_attention(bridge):
+    """Without it, and without places added to the cells, a model could not see where anything is."""
+    told, untold = (build(Champion, bridge=bridge, rope2d=on, perminv="table") for on in (True, False))
+    for model in (told, untold):
+        model.place = lambda rows, columns, start=0: torch.zeros((), dtype=torch.float64)
+    given = batch(told)
+    moved = {**given, "source_columns": given["source_columns"] + 3 * given["source_rows"]}
+    assert torch.equal(logits(untold, moved), logits(untold, given))
+    assert not torch.allclose(logits(told, moved), logits(told, given))
+    if bridge != "none":
+        moved = {**given, "demo_columns": given["demo_columns"] + 3 * given["demo_rows"]}
+        assert not torch.allclose(logits(told, moved), logits(told, given))
+    else:  # all that counts is how far places are apart
+        shifted = {name: v + 4 if name.endswith(("rows", "columns")) else v for name, v in given.items()}
+        torch.testing.assert_close(logits(told, shifted), logits(told, given))

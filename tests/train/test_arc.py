@@ -70,7 +70,7 @@ def test_trial_69_to_the_last_digit():
 
 def test_a_preset_gives_way_to_flags_and_is_read_from_settings(tmp_path):
     ours = preset_of(ChampionRun, ["--preset=tenfold"])
-    assert ours.optimizer == "adamw" and ours.augment and ours.shape().decoder_dropout == 0
+    assert ours.optimizer == "adamw" and ours.shape().rope2d and ours.shape().decoder_dropout == 0
     file = tmp_path / "settings.yaml"
     file.write_text("preset: tenfold\n")
     assert preset_of(ChampionRun, ["--settings", str(file)]) == ours
