@@ -181,10 +181,10 @@ def data_of(run: ArcRun) -> dict[str, Sequence[Episode]]:
         size = {"max_size": run.grid_size, "demos": (2, max(2, run.context_pairs))}
         sets = {
             "train": SkillData("train", run.episodes, skills=names, **size),
-            "val": SkillData("examples", run.val_episodes, skills=names, **size),
-            "skills": SkillData("skills", run.val_episodes, skills=HELD_OUT, **size),
+            "val": list(SkillData("examples", run.val_episodes, skills=names, **size)),
+            "skills": list(SkillData("skills", run.val_episodes, skills=HELD_OUT, **size)),
         }
-        return sets | ({} if run.skills else {"compose": SkillData("compose", run.val_episodes, **size)})
+        return sets | ({} if run.skills else {"compose": list(SkillData("compose", run.val_episodes, **size))})
     learned = load_puzzles(run.data)
     if run.val_data is None:
         learned, scored = split_by_sorted_id(learned)
@@ -223,12 +223,11 @@ def make_task(run: ArcRun, data: dict[str, Sequence[Episode]]) -> ArcTask:
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def train(run: ArcRun) -> Results:
-    data = data_of(run)
+def train(run: ArcRun, data: dict[str, Sequence[Episode]]) -> Results:
     task = make_task(run, data)
     if run.eval_every is None and run.preset == "trial69":  # whose patience counts epochs
         run = dataclasses.replace(run, eval_every=max(1, round(len(task.train) / run.batch_size)))
-    others = {name: list(episodes) for name, episodes in data.items() if name not in ("train", "val")}
+    others = {name: episodes for name, episodes in data.items() if name not in ("train", "val")}
     hooks = [Report(task, others, run.free_run_at_end), OriginNames(run.experiment)]
     trainer = Trainer(lambda settings: settings.build(), run, task, hooks)
     trainer.facts |= {"data": task.info, "model": {"script": run.experiment, **dataclasses.asdict(run.shape())}}
@@ -239,4 +238,5 @@ def train(run: ArcRun) -> Results:
 def main(config_class: type[Run], argv: Sequence[str] | None = None) -> Results:
     with sentences():
         argv = sys.argv[1:] if argv is None else argv
-        return train(parse(config_class, argv, preset_of(config_class, argv), fill=config_class.filled_in))
+        run = parse(config_class, argv, preset_of(config_class, argv), fill=config_class.filled_in)
+        return train(run, data_of(run))

@@ -100,7 +100,7 @@ def climb(run: LadderRun, root: Path) -> dict[str, Any]:
     results: dict[str, list[Results]] = {name: [] for name in rungs}
     for seed in range(run.seed, run.seed + run.seeds):
         for name in rungs:
-            results[name].append(train(run.of(name, seed=seed, run_dir=root / f"{name}-seed{seed}")))
+            results[name].append(train(run.of(name, seed=seed, run_dir=root / f"{name}-seed{seed}"), data))
     return report(run, root, results) if process_state(run).is_main_process else {}
 
 

@@ -193,24 +193,6 @@ def test_a_second_run_in_the_folder_is_refused(make_trainer):
     make_trainer(hooks=[start_another], max_steps=1).train()
 
 
-def test_a_task_may_finish_its_batches_on_the_device(make_trainer):
-    class InTwoParts(ToyTask):
-        def collate(self, items):
-            batch = super().collate(items)
-            return {"raw": batch["tokens"], "labels": batch["labels"]}
-
-        def on_device(self, batch):
-            return {"tokens": batch["raw"], "labels": batch["labels"]}
-
-        def evaluate(self, predict):
-            return ToyTask().evaluate(predict)
-
-    trainers = [make_trainer("two", InTwoParts(), max_steps=3), make_trainer("one", max_steps=3)]
-    for trainer in trainers:
-        trainer.train()
-    assert torch.equal(*map(weights, trainers))
-
-
 def test_a_hook_is_told_of_every_checkpoint(make_trainer):
     class Saved:
         def __call__(self, trainer, row):

@@ -23,8 +23,7 @@ def first_micro_batch(task: Any, config: TrainingConfig, world_size: int) -> tup
     per_step = micro_batches_per_step(config, world_size)
     largest = -(-config.batch_size // world_size // per_step)
     items = order_of(task, config).items(0)[:largest]
-    batch = task.collate([task.train[int(i)] for i in items])
-    return getattr(task, "on_device", lambda batch: batch)(batch), per_step
+    return task.collate([task.train[int(i)] for i in items]), per_step
 
 
 def recompute_if_asked(model: nn.Module, config: TrainingConfig) -> None:

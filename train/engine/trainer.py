@@ -34,10 +34,7 @@ from train.engine.summary import Results, cpu_matmul_rate, finish
 
 
 class Task(Protocol):
-    """The world a model is trained in. Item i of train or val is a pure function of i.
-
-    One with an `on_device(batch)` is given each collated batch again, on the device, to finish it there.
-    """
+    """The world a model is trained in. Item i of train or val is a pure function of i."""
 
     train: Sequence[Any]
     val: Sequence[Any]
@@ -238,8 +235,7 @@ class Trainer:
         """One optimizer step over a window of micro-batches; False if it led back to an earlier checkpoint."""
         progress = self.progress
         set_learning_rate(self.optimizer, self.learning_rate())
-        finish = getattr(self.task, "on_device", lambda batch: batch)
-        window = [finish(self.backend.move(batch)) for batch in window]
+        window = [self.backend.move(batch) for batch in window]
         items = self._count_items(window)
         parts: dict[str, Tensor] = {}
         for i, batch in enumerate(window):
