@@ -32,9 +32,11 @@ from models.arc_layers import (
     VOCAB_SIZE,
     ArcConfig,
     ArcModel,
+    Borders,
     Cache,
     Layer,
     Memory,
+    Placed,
     Turn,
     check_integers,
     grid2d,
@@ -54,7 +56,7 @@ class ArcEncoderDecoderConfig(ArcConfig):
     embedding_dropout: float = 0.1
     encoder_dropout: float = 0.1
     decoder_dropout: float = 0.1
-    position: str = "sinusoidal"  # by order in the sequence; or "grid2d": by row and column
+    position: str = "sinusoidal"  # by order in the sequence; "grid2d": by row and column; "borders": see `Borders`
     perminv: str = "table"  # a vector for each colour; or "canonical": for each in order of appearance
     fix_zero: bool = False  # canonical: colour 0 keeps a vector of its own
     rope2d: bool = False  # in attention, places are told by how far they are apart, too
@@ -62,7 +64,7 @@ class ArcEncoderDecoderConfig(ArcConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        found += self.not_one_of("position", ("sinusoidal", "grid2d"))
+        found += self.not_one_of("position", ("sinusoidal", "grid2d", "borders"))
         found += self.not_one_of("perminv", ("table", "canonical"))
         if self.d_model % 4:
             found.append(f"d_model must be a multiple of 4, for sines and cosines both ways, not {self.d_model}")
@@ -96,6 +98,7 @@ class ArcEncoderDecoder(ArcModel):
         """demo_memories: 1 where every layer looks at the demonstrations as well."""
         c = config
         self.embedding = nn.Embedding(VOCAB_SIZE, c.d_model)
+        self.borders = Borders(c.d_model) if c.position == "borders" else None
         self.dropout = nn.Dropout(c.embedding_dropout)
         self.encoder = nn.ModuleList(Layer(c, c.encoder_dropout, demo_memories) for _ in range(c.encoder_layers))
         self.encoder_norm = nn.LayerNorm(c.d_model)
@@ -138,10 +141,10 @@ class ArcEncoderDecoder(ArcModel):
         Raises:
             ValueError for shapes and dtypes that do not fit.
         """
-        prompt = (source, source_rows, source_columns, demos, demo_rows, demo_columns)
-        check_prompt(*prompt)
+        question, shown = Placed(source, source_rows, source_columns), Placed(demos, demo_rows, demo_columns)
+        check_prompt(question, shown)
         check_integers((len(source), inputs.shape[-1]), inputs=inputs, rows=rows, columns=columns)
-        naming, context = self.read(*prompt)
+        naming, context = self.read(question, shown)
         choices, tokens = None, inputs
         if naming is not None:
             naming.read(inputs)
@@ -165,39 +168,28 @@ class ArcEncoderDecoder(ArcModel):
 
     # ---- parts of forward that sessions use too
 
-    def read(
-        self,
-        source: Tensor,
-        source_rows: Tensor,
-        source_columns: Tensor,
-        demos: Tensor,
-        demo_rows: Tensor,
-        demo_columns: Tensor,
-    ) -> tuple[Naming | None, Context]:
+    def read(self, question: Placed, demos: Placed) -> tuple[Naming | None, Context]:
         naming = None
         if self.config.perminv == "canonical":
-            naming = Naming(torch.cat([demos.flatten(1), source], 1), self.config.fix_zero)
-            source, demos = naming.names(source), naming.names(demos)
-        return naming, self.encode(source, source_rows, source_columns, demos, demo_rows, demo_columns)
+            naming = Naming(torch.cat([demos.tokens.flatten(1), question.tokens], 1), self.config.fix_zero)
+            question, demos = (cells._replace(tokens=naming.names(cells.tokens)) for cells in (question, demos))
+        return naming, self.encode(question, demos)
 
-    def encode(
-        self,
-        source: Tensor,
-        source_rows: Tensor,
-        source_columns: Tensor,
-        demos: Tensor,
-        demo_rows: Tensor,
-        demo_columns: Tensor,
-    ) -> Context:
-        return Context([self.encode_source(source, source_rows, source_columns)])
+    def encode(self, question: Placed, demos: Placed) -> Context:
+        return Context([self.encode_question(question)])
 
-    def encode_source(self, source: Tensor, rows: Tensor, columns: Tensor, memories: Sequence[Memory] = ()) -> Memory:
+    def encode_question(self, cells: Placed, memories: Sequence[Memory] = ()) -> Memory:
         """Cells [B, S] as a memory."""
-        x, there = self.dropout(self.embed(source) + self.place(rows, columns)), (source != PAD)[:, None, None]
-        turn = self.turn(rows, columns)
+        there = cells.tokens != PAD
+        x, mask = self.dropout(self.embed_grid(cells)), there[:, None, None]
+        turn = self.turn(cells.rows, cells.columns)
         for layer in self.encoder:
-            x = self.run(layer, x, memories, mask=there, turn=turn)
-        return Memory(self.encoder_norm(x), there, turn)
+            x = self.run(layer, x, memories, mask=mask, turn=turn)
+        return Memory(self.encoder_norm(x), mask, turn)
+
+    def embed_grid(self, cells: Placed) -> Tensor:
+        """Whole grids [..., n] -> [..., n, D]."""
+        return self.embed(cells.tokens) + self.place(cells.rows, cells.columns, there=cells.tokens != PAD)
 
     def turn(self, rows: Tensor, columns: Tensor) -> Turn | None:
         """Of heads at places [B, n]: RoPE by row and column (arXiv 2403.13298)."""
@@ -206,8 +198,13 @@ class ArcEncoderDecoder(ArcModel):
         cos, sin = rotary((rows, columns), self.config.d_model // self.config.num_heads, ROPE2D_BASE)
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
-    def place(self, rows: Tensor, columns: Tensor, start: int = 0) -> Tensor:
-        """For tokens [..., n], of which the first is number `start` of its sequence: [..., n, D] or [n, D]."""
+    def place(self, rows: Tensor, columns: Tensor, start: int = 0, there: Tensor | None = None) -> Tensor:
+        """For tokens [..., n], of which the first is number `start` of its sequence: [..., n, D] or [n, D].
+
+        there: of whole grids, the tokens that are cells.
+        """
+        if self.borders is not None:
+            return self.borders(rows, columns, there)
         if self.config.position == "grid2d":
             return grid2d(rows, columns, self.config.d_model)
         return sinusoids(torch.arange(start, start + rows.shape[-1], device=rows.device), self.config.d_model)
@@ -262,18 +259,18 @@ class ArcEncoderDecoder(ArcModel):
         demo_columns: Tensor,
     ) -> "AnswerSession":
         """Read a prompt, as in `forward`."""
-        prompt = (source, source_rows, source_columns, demos, demo_rows, demo_columns)
-        check_prompt(*prompt)
-        return AnswerSession(self, prompt)
+        question, shown = Placed(source, source_rows, source_columns), Placed(demos, demo_rows, demo_columns)
+        check_prompt(question, shown)
+        return AnswerSession(self, question, shown)
 
 
 class AnswerSession:
     """Questions that were read once, and their answers as far as they are said."""
 
     @torch.no_grad()
-    def __init__(self, model: ArcEncoderDecoder, prompt: tuple[Tensor, ...]) -> None:
+    def __init__(self, model: ArcEncoderDecoder, question: Placed, demos: Placed) -> None:
         self.model, self.said = model, 0
-        self.naming, self.context = model.read(*prompt)
+        self.naming, self.context = model.read(question, demos)
         self.caches = [[layer.new_caches() for layer in model.decoder] for _ in range(model.config.refine)]
 
     @torch.no_grad()
@@ -297,17 +294,11 @@ class AnswerSession:
         return logits.squeeze(1)
 
 
-def check_prompt(
-    source: Tensor,
-    source_rows: Tensor,
-    source_columns: Tensor,
-    demos: Tensor,
-    demo_rows: Tensor,
-    demo_columns: Tensor,
-) -> None:
+def check_prompt(question: Placed, demos: Placed) -> None:
+    source, shown = question.tokens, demos.tokens
     if source.dim() != 2:
         raise ValueError(f"source must be [batch, cells], not {list(source.shape)}")
-    if demos.dim() != 4 or demos.shape[0] != len(source) or demos.shape[2] != 2:
-        raise ValueError(f"demos must be [{len(source)}, pairs, 2, cells], not {list(demos.shape)}")
-    check_integers(source.shape, source=source, source_rows=source_rows, source_columns=source_columns)
-    check_integers(demos.shape, demos=demos, demo_rows=demo_rows, demo_columns=demo_columns)
+    if shown.dim() != 4 or shown.shape[0] != len(source) or shown.shape[2] != 2:
+        raise ValueError(f"demos must be [{len(source)}, pairs, 2, cells], not {list(shown.shape)}")
+    check_integers(source.shape, source=source, source_rows=question.rows, source_columns=question.columns)
+    check_integers(shown.shape, demos=shown, demo_rows=demos.rows, demo_columns=demos.columns)

@@ -73,10 +73,42 @@ def grid2d(rows: Tensor, columns: Tensor, channels: int) -> Tensor:
     return torch.cat([table[rows], table[columns]], -1)
 
 
+class Borders(nn.Module):
+    """A learned code for each row and column, counted from the first ones and, in a grid that is there, from the last.
+
+    Mirrored places then have equal codes up to one linear map. Random codes are as far apart for neighbours as for
+    anyone else, where the sines of places 0 … 10 differ in a few of their channels only.
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.codes = nn.Embedding(2 * NUM_PLACES, d_model)
+        self.far = nn.Linear(d_model, d_model)
+
+    def forward(self, rows: Tensor, columns: Tensor, there: Tensor | None = None) -> Tensor:
+        """Places [..., n] -> [..., n, D]. there: bool [..., n], which of them make up a whole grid."""
+        near = self._near(rows, columns)
+        if there is None:
+            return near
+        rows, columns = (place.where(there, 0).amax(-1, keepdim=True) - place for place in (rows, columns))
+        return near + self.far(self._near(rows.clamp(min=0), columns.clamp(min=0)))
+
+    def _near(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return (self.codes(rows) + self.codes(columns + NUM_PLACES)) * (self.codes.embedding_dim / 2) ** 0.5
+
+
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of places, as `models.layers.rotate` takes them
+
+
+class Placed(NamedTuple):
+    """Tokens int64 [..., n] and where they stand."""
+
+    tokens: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 class Memory(NamedTuple):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.arc_decoder import ArcDecoder, ArcDecoderConfig
 from models.arc_encoder_decoder import ArcEncoderDecoder, ArcEncoderDecoderConfig, Context
-from models.arc_layers import PAD, Layer, Memory
+from models.arc_layers import PAD, Layer, Memory, Placed
 
 BRIDGES = ("none", "concat_mlp", "film", "cross_attn")
 PARAMETERS = 1_724_619  # the original's, and what the ladder's models have within 1 %
@@ -71,31 +71,23 @@ class Champion(ArcEncoderDecoder):
         self.pool = Pool(c) if bridges else None
         self.bridges = nn.ModuleDict({str(depth): bridge for depth, bridge in bridges.items()})
 
-    def encode(
-        self,
-        source: Tensor,
-        source_rows: Tensor,
-        source_columns: Tensor,
-        demos: Tensor,
-        demo_rows: Tensor,
-        demo_columns: Tensor,
-    ) -> Context:
-        question = (source, source_rows, source_columns)
+    def encode(self, question: Placed, demos: Placed) -> Context:
         if self.config.bridge == "none":
-            return Context([self.encode_source(*question)])
-        shown = self.encode_demos(demos, demo_rows, demo_columns)
+            return Context([self.encode_question(question)])
+        shown = self.encode_demos(demos)
         if self.pool is not None:
-            return Context([self.encode_source(*question)], self.pool(shown.cells, shown.there))
-        return Context([self.encode_source(*question, [shown]), shown])
+            return Context([self.encode_question(question)], self.pool(shown.cells, shown.there))
+        return Context([self.encode_question(question, [shown]), shown])
 
-    def encode_demos(self, demos: Tensor, rows: Tensor, columns: Tensor) -> Memory:
+    def encode_demos(self, cells: Placed) -> Memory:
         """Cells [B, P, 2, M] as a memory of nothing at all, and of each pair and all of its cells.
 
         Without a demonstration there would be nothing to attend to, hence the last of these.
         """
+        demos, rows, columns = cells
         batch, pairs = demos.shape[:2]
         role, one = self.role(torch.arange(2, device=demos.device)), demos.new_zeros(batch, 1)
-        x = self.embed(demos) + self.place(rows, columns) + role.unsqueeze(1)
+        x = self.embed_grid(cells) + role.unsqueeze(1)
         there = (demos != PAD).flatten(2)  # [B, P, 2M]
         x = torch.cat([self.pair(one.expand(-1, pairs).unsqueeze(2)), x.flatten(2, 3)], 2)  # [B, P, 1 + 2M, D]
         x, mask = self.dropout(x).flatten(0, 1), F.pad(there, (1, 0), value=True).flatten(0, 1)[:, None, None]

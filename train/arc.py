@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 100,
         "early_stopping_patience": None,
         "episodes": 100_000,
-        "rope2d": True,
+        "mask_answer": True,
         "dropout": False,
         "tensorboard": False,
         "seed": 0,
@@ -59,8 +59,10 @@ class ArcRun(TrainingConfig):
     # Of the script, for the folder and the names of the best checkpoints, as the original had them.
     experiment: ClassVar[str]
     kind: ClassVar[str] = "encoder_decoder"
+    # What --preset tenfold means for it beside what it means for all.
+    tenfold: ClassVar[dict[str, Any]] = {}
 
-    # tenfold: AdamW with warm-up and one cosine, new episodes without end, rotary places, no dropout.
+    # tenfold: AdamW with warm-up and one cosine, new episodes without end, answers hidden in part, no dropout.
     preset: Literal["trial69", "tenfold"] = "trial69"
 
     # Puzzles to learn in place of our skills: a file, a folder, a Kaggle bundle, or arc1-training, arc2-training
@@ -79,6 +81,8 @@ class ArcRun(TrainingConfig):
     context_pairs: int = 2
     # Symmetries, colours, order of pairs and translation drawn anew for each item, as far as its rule allows.
     augment: bool = False
+    # In training hide a random share of the answer so far, so that the rule has to come from the demonstrations.
+    mask_answer: bool = False
     # Choices of question, demonstrations and augmentation of an episode in one epoch.
     copies: int = 1
     # Validation episodes answered freely at every evaluation, and of every set at the end.
@@ -110,6 +114,8 @@ class ArcRun(TrainingConfig):
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
         if strange := [name for name in self.skills if name not in TRAINED]:
             found.append(f"--skills {' '.join(strange)}: the skills to learn are {', '.join(TRAINED)}")
+        if self.mask_answer and self.legacy:
+            found.append("--mask_answer with --legacy_vocab: the original's vocabulary has no token to hide others with")
         if self.data is not None and self.skills:
             found.append("--data and --skills both say what to learn; give one of them")
         if self.val_data is not None and self.data is None:
@@ -158,6 +164,8 @@ def preset_of(config_class: type[Run], argv: Sequence[str]) -> Run:
         name = read_settings(config_class, named.settings).get("preset")
     fields = {f.name for f in dataclasses.fields(config_class)}
     values = PRESETS.get(name or "trial69", {})  # a name that is not known, the parser refuses
+    if name == "tenfold":
+        values = values | config_class.tenfold
     return config_class(**{name: value for name, value in values.items() if name in fields})
 
 
@@ -209,6 +217,7 @@ def make_task(run: ArcRun, data: dict[str, Sequence[Episode]]) -> ArcTask:
         copies=run.copies,
         # A model that names colours by their first appearance would not notice other names.
         augment=Augmentation(colours=not run.canonical) if run.augment else None,
+        mask_answer=run.mask_answer,
         symmetries={name: skill.symmetries for name, skill in skills.items()},
         fixed_colours={name: frozenset() if s.colours == "all" else frozenset({0}) for name, s in skills.items()},
         legacy_vocab=run.legacy,

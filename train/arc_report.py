@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +32,18 @@ class Report:
 
     def __init__(self, task: ArcTask, others: Mapping[str, Sequence[Episode]], count: int) -> None:
         sets = {"examples": task.val, **others}
-        self.task, self.trainer = task, None
+        self.task, self.trainer, self.seconds_at_end = task, None, 0.0
         self.sets = {name: episodes[:count] for name, episodes in sets.items()}  # skills take turns in them
 
     def __call__(self, trainer: Trainer, row: Row) -> None:
+        if trainer is not self.trainer and (model := trainer.predict.whole()) is not None:
+            few = self.sets["examples"][: self.task.eval_batch_size]
+            started = time.perf_counter()
+            self.task.answers(model, few)
+            each = (time.perf_counter() - started) / len(few)
+            contexts = len(contexts_of(self.sets["examples"])) - 1 if self.task.context_pairs else 0
+            questions = sum(map(len, self.sets.values())) + contexts * len(self.sets["examples"])
+            self.seconds_at_end = each * questions
         self.trainer = trainer
 
     def finish(self) -> None:
@@ -48,7 +57,8 @@ class Report:
             self.trainer.report[f"{name}, guessed"] = {guess: guessed["exact"] for guess, guessed in guesses.items()}
             summary |= {name: scores, **{f"{name}, {guess}": guessed for guess, guessed in guesses.items()}, **by_skill}
         if self.task.context_pairs:
-            self.trainer.report["context"] = self.contexts(model)
+            for asked, exact in self.contexts(model).items():
+                self.trainer.report[f"context{asked}"] = exact
         self.trainer.report["summary"] = summary
         if self.trainer.folder is not None:
             np.savez_compressed(self.trainer.run_dir / "outcomes.npz", **self.exact)
@@ -77,15 +87,24 @@ class Report:
             return scores, {}  # puzzles: each its own
         return scores, {skill: _headline(mean_scores(rows)) for skill, rows in sorted(by_skill.items())}
 
-    def contexts(self, model: Any) -> dict[str, float]:
-        """Exact match on the examples with demonstrations that are, and are not, those of the question's rule."""
-        episodes, exact = self.sets["examples"], {"true": self.exact["examples"].mean().item()}
+    def contexts(self, model: Any) -> dict[str, dict[str, float]]:
+        """Exact match on the examples, and on those of each skill, with demonstrations that are, and are not, those of
+        the question's rule."""
+        episodes, exact = self.sets["examples"], {"true": self.exact["examples"]}
         for context in contexts_of(episodes)[1:]:  # the true ones have been asked with
             asked = in_context(episodes, context)
             answers = self.task.answers(model, asked)
-            rows = [question_scores(grid, episode.query.output) for grid, episode in zip(answers, asked, strict=True)]
-            exact[context] = mean_scores(rows)["exact"]
-        return exact
+            exact[context] = np.array(
+                [np.array_equal(grid, episode.query.output) for grid, episode in zip(answers, asked, strict=True)]
+            )
+        skills = np.array([skill_of(episode) for episode in episodes])
+        parts = {"": np.full(len(skills), True)}
+        if 1 < len(set(skills)) < len(skills):
+            parts |= {f", {skill}": skills == skill for skill in sorted(set(skills))}
+        return {
+            name: {context: right[part].mean().item() for context, right in exact.items()}
+            for name, part in parts.items()
+        }
 
 
 def _headline(scores: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from models.arc_layers import match
 from models.champion import PARAMETERS, PRESETS, Champion, ChampionConfig
@@ -24,6 +24,7 @@ class ChampionRun(ArcRun):
     """Flags of train/champion.py."""
 
     experiment: ClassVar[str] = "exp_3_champion"
+    tenfold: ClassVar[dict[str, Any]] = {"position": "borders", "rope2d": True}
 
     # trial69: 1.72 M parameters, whatever the bridge; small: 0.37 M, for a CPU.
     size: Literal["trial69", "small"] = "trial69"
@@ -34,8 +35,8 @@ class ChampionRun(ArcRun):
     perminv: Literal["table", "canonical"] = "canonical"
     # With canonical, colour 0 keeps its name: the background of most puzzles.
     fix_zero: bool = False
-    # grid2d: by row and column; sinusoidal: by order in the sequence.
-    position: Literal["sinusoidal", "grid2d"] = "grid2d"
+    # grid2d: by row and column; borders: learned, by row and column from either side; sinusoidal: by order.
+    position: Literal["sinusoidal", "grid2d", "borders"] = "grid2d"
     # In attention, places are told by how far they are apart, too.
     rope2d: bool = False
     # Passes of the decoder, each shown what the one before would say.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from models.arc_encoder_decoder import PRESETS, ArcEncoderDecoder, ArcEncoderDecoderConfig
 from train.arc import ArcRun, main
@@ -22,10 +22,11 @@ class EncoderDecoderRun(ArcRun):
     """Flags of train/encoder_decoder.py. It sees no demonstrations, and can only learn rules by heart."""
 
     experiment: ClassVar[str] = "exp_0_encoder_decoder"
+    tenfold: ClassVar[dict[str, Any]] = {"position": "borders", "rope2d": True}
 
     context_pairs: int = 0
-    # sinusoidal: by order in the sequence; grid2d: by row and column.
-    position: Literal["sinusoidal", "grid2d"] = "sinusoidal"
+    # sinusoidal: by order in the sequence; grid2d: by row and column; borders: learned, and from either side.
+    position: Literal["sinusoidal", "grid2d", "borders"] = "sinusoidal"
     # canonical: colours are told apart by the order of their first appearance, whatever they are called.
     perminv: Literal["table", "canonical"] = "table"
     # With canonical, colour 0 keeps its name: the background of most puzzles.

@@ -23,7 +23,7 @@ from tasks.arc.augment import NUM_SYMMETRIES, Augmentation, Legal, canvases
 from tasks.arc.decode import allowed, decode
 from tasks.arc.grid import MAX_SIZE, NUM_COLOURS, Episode, Grid, episode_hash, from_canvas, shapes
 from tasks.arc.score import mean_scores, question_scores
-from tasks.arc.tokens import EOL, IGNORE_INDEX, Batch, Encoding
+from tasks.arc.tokens import EOL, IGNORE_INDEX, Batch, Encoding, masked
 
 VERSION = 1
 FREE_RUN = ("exact", "shape", "cell_accuracy", "change_accuracy", "copy_rate")
@@ -84,6 +84,7 @@ class ArcTask:
         context_pairs: demonstrations shown, at most; None for all. Validation shows the first ones.
         any_query, copies: see `TrainData`; without any_query the question is always the episode's own.
         augment: of the training episodes; None for nothing.
+        mask_answer: in training, hide some of what was said before; see `tokens.masked`.
         symmetries, fixed_colours: by skill, the symmetries that leave its rules rules of it, and the colours that must
             keep their names; others may be turned and coloured freely. An episode's skill is its id up to the last "/".
         max_length: leaves out episodes with a longer sequence in some choice of pairs; how many is in `info`. It reads
@@ -106,6 +107,7 @@ class ArcTask:
         any_query: bool = True,
         copies: int = 1,
         augment: Augmentation | None = None,
+        mask_answer: bool = False,
         symmetries: Mapping[str, frozenset[int]] | None = None,
         fixed_colours: Mapping[str, frozenset[int]] | None = None,
         legacy_vocab: bool = False,
@@ -123,10 +125,12 @@ class ArcTask:
         for name in ("train", "val"):
             if not len(data.get(name, ())):
                 raise ValueError(f"data has no {name!r} episodes; it has {', '.join(data) or 'nothing'}")
+        if mask_answer and legacy_vocab:
+            raise ValueError("mask_answer=True: the legacy vocabulary has no token to hide others with")
         self.encoding = Encoding(kind, legacy_vocab, loss_on_input)
         self.augment, self.symmetries, self.fixed_colours = augment, symmetries or {}, fixed_colours or {}
         self.context_pairs, self.free_run, self.max_size = context_pairs, free_run, max_size
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size, self.mask_answer = eval_batch_size, mask_answer
         sets = {name: self._fitting(episodes, max_length) for name, episodes in data.items()}
         left = {name: len(data[name]) - len(episodes) for name, episodes in sets.items()}
         if empty := [name for name, episodes in sets.items() if not len(episodes)]:
@@ -140,7 +144,7 @@ class ArcTask:
                 raise ValueError(f"{name!r} has episodes whose answer is not known: {', '.join(unknown[:3])}")
         self.val = self.sets["val"]
         self.info = {"task": f"arc v{VERSION}", **dataclasses.asdict(self.encoding), "context_pairs": context_pairs}
-        self.info |= {"any_query": any_query, "copies": copies}
+        self.info |= {"any_query": any_query, "copies": copies, "mask_answer": mask_answer}
         self.info |= {"episodes": {"train": len(self.train.episodes)} | {n: len(e) for n, e in self.sets.items()}}
         self.info |= {"hash": {n: _hash(e) for n, e in ({"train": self.train.episodes} | self.sets).items()}}
         self.info |= {"augment": None if augment is None else dataclasses.asdict(augment), "too_long": left}
@@ -158,14 +162,14 @@ class ArcTask:
     # ---- batches -----------------------------------------------------------------------------------------------------
 
     def collate(self, items: list[Item]) -> Batch:
-        grids = canvases([item.episode for item in items])
-        if self.augment is None:
-            return self.encoding.batch(grids)
-        key = torch.tensor([item.key for item in items])
-        legal = self._legal([skill_of(item.episode) for item in items])
-        draw = self.augment.draw(key, grids.demos.shape[1], legal)
-        grids = draw.apply(grids)
-        return self.encoding.batch(grids, draw.offset(grids))
+        grids, key = canvases([item.episode for item in items]), torch.tensor([item.key for item in items])
+        offset = None
+        if self.augment is not None:
+            draw = self.augment.draw(key, grids.demos.shape[1], self._legal([skill_of(item.episode) for item in items]))
+            grids = draw.apply(grids)
+            offset = draw.offset(grids)
+        batch = self.encoding.batch(grids, offset)
+        return masked(batch, key) if self.mask_answer else batch
 
     def _legal(self, skills: Sequence[str]) -> Legal:
         every = range(NUM_SYMMETRIES)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tasks import random
 from tasks.arc.augment import Canvases
 from tasks.arc.grid import MAX_SIZE, NUM_COLOURS, PAD, Grid, Pair, shapes
 
@@ -21,6 +22,7 @@ SEP, EOL, EOS, BOS, MASK = 11, 12, 13, 14, 15  # after the colours 0 … 9 and P
 VOCAB_SIZE = 16
 LEGACY_VOCAB_SIZE = 11  # PAD is what separates grids, too; rows and grids have no ends, sequences no beginning
 IGNORE_INDEX = -100
+RESOLUTION = 1 << 20  # of random shares
 KINDS = ("encoder_decoder", "decoder_only")
 
 Batch = dict[str, Tensor]
@@ -103,9 +105,28 @@ class Encoding:
 
 
 def bucket(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, …, so that shapes are few: a compiled model compiles for each. Powers of two
-    alone would be padding to 44 % for grids of 12 x 12."""
-    return next(n for k in itertools.count() for n in (16 << k, 24 << k) if n >= length)
+    """The next of 8, 16, 24, …, 64, 96, 128, 192, …, so that shapes are few: a compiled model compiles for each. Powers
+    of two alone would be padding to 44 % for grids of 12 x 12."""
+    if length <= 64:
+        return -(-length // 8) * 8
+    return next(n for k in itertools.count() for n in (64 << k, 96 << k) if n >= length)
+
+
+def masked(batch: Batch, key: Tensor) -> Batch:
+    """The batch with some of the answer's tokens hidden, by MASK, from who has to say the next: of each item a share
+    that is uniform between none and all. Both are a function of its key, int64 [B].
+
+    Told all that comes before, a model reads the rule off the answer's first row and has little to learn from
+    demonstrations; what it must say of the answer alone it can only know from them.
+    """
+    name = "inputs" if "inputs" in batch else "tokens"
+    tokens = batch[name]
+    said = (tokens != PAD) & (tokens != BOS)
+    if name == "tokens":
+        said &= (batch["grids"] == batch["grids"].amax(1, keepdim=True)) & (batch["labels"].roll(1, 1) == tokens)
+    share = random.integers(key, 1, RESOLUTION, stream=5)
+    hidden = said & (random.integers(key, tokens.shape[1], RESOLUTION, stream=6) < share)
+    return batch | {name: torch.where(hidden, MASK, tokens)}
 
 
 def colours_at(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models import arc_decoder, arc_encoder_decoder, arc_layers, champion
 from models.arc_decoder import ArcDecoder, ArcDecoderConfig
 from models.arc_encoder_decoder import ArcEncoderDecoder, ArcEncoderDecoderConfig
-from models.arc_layers import NUM_COLOURS, match, parameters
+from models.arc_layers import NUM_COLOURS, Borders, match, parameters
 from models.champion import BRIDGES, LADDER, PARAMETERS, Champion, ChampionConfig
 from models.layers import rotary, rotate
 from tasks.arc import tokens
@@ -120,7 +121,8 @@ def test_rotation_makes_a_decoder_blind_to_shifts(position):
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"), [(ArcDecoder, "rope2d"), (ArcEncoderDecoder, "grid2d"), (Champion, "grid2d")]
+    ("kind", "place"),
+    [(ArcDecoder, "rope2d"), (ArcEncoderDecoder, "grid2d"), (Champion, "grid2d"), (Champion, "borders")],
 )
 def test_places_are_true_rows_and_columns(kind, place):
     """The original's stride of 30 put 98 % of its grids elsewhere. Moving the numbers alone moves the logits."""
@@ -143,6 +145,21 @@ def test_a_place_is_the_same_in_any_grid():
     rates = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
     expected = torch.stack([f(at * rates) for at in (y, x) for f in (torch.sin, torch.cos)]).view(2, 2, 4).mT.flatten()
     torch.testing.assert_close(model.place(*wide)[y, x], expected)
+
+
+def test_borders_are_counted_from_both_sides_of_each_grid():
+    borders = Borders(8)
+    nn.init.normal_(borders.far.weight)
+    rows, columns = (
+        place.flatten().repeat(2, 1) for place in torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
+    )
+    there = torch.stack([torch.ones(12, dtype=torch.bool), (rows[0] < 2) & (columns[0] < 3)])
+    far = borders(rows, columns, there) - borders(rows, columns)
+    for grid, (height, width) in zip(far, [(3, 4), (2, 3)], strict=True):
+        for (r, c), code in zip(zip(rows[0].tolist(), columns[0].tolist(), strict=True), grid, strict=True):
+            if r < height and c < width:
+                mirrored = torch.tensor(height - 1 - r), torch.tensor(width - 1 - c)
+                torch.testing.assert_close(code, borders.far(borders(*mirrored)))
 
 
 def test_sinusoids_follow_the_sequence():
@@ -323,7 +340,7 @@ def test_configs_say_all_that_is_wrong(config, changes, sentence):
     ("name", "wrong", "sentence"),
     [
         ("source_rows", lambda x: x[:, 1:], r"source_rows must be int64 \[4, 16\], not torch.int64 \[4, 15\]"),
-        ("demos", lambda x: x[:, :, :1], r"demos must be \[4, pairs, 2, cells\], not \[4, 3, 1, 16\]"),
+        ("demos", lambda x: x[:, :, :1], r"demos must be \[4, pairs, 2, cells\], not \[4, 3, 1, 8\]"),
         ("inputs", lambda x: x.int(), r"inputs must be int64 \[4, 16\], not torch.int32"),
         ("labels", lambda x: x[:2], r"labels must be int64 \[4, 16\], not torch.int64 \[2, 16\]"),
     ],
@@ -346,7 +363,7 @@ def test_rope2d_tells_places_apart_wherever_there_is_attention(bridge):
     """Without it, and without places added to the cells, a model could not see where anything is."""
     told, untold = (build(Champion, bridge=bridge, rope2d=on, perminv="table") for on in (True, False))
     for model in (told, untold):
-        model.place = lambda rows, columns, start=0: torch.zeros((), dtype=torch.float64)
+        model.place = lambda rows, columns, start=0, there=None: torch.zeros((), dtype=torch.float64)
     given = batch(told)
     moved = {**given, "source_columns": given["source_columns"] + 3 * given["source_rows"]}
     assert torch.equal(logits(untold, moved), logits(untold, given))

@@ -25,7 +25,7 @@ VARIANTS = [
     (Champion, {"bridge": "concat_mlp", "context_layers": 2}),
     (Champion, {"perminv": "table"}),
     (Champion, {"refine": 3}),
-    (Champion, {"rope2d": True}),
+    (Champion, {"position": "borders", "rope2d": True}),
 ]
 
 

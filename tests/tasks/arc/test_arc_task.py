@@ -267,6 +267,7 @@ def test_info_identifies_the_data():
         ({}, {"copies": 0}, "copies=0: at least 1"),
         ({}, {"free_run": -1}, "free_run=-1: at least 0"),
         ({}, {"kind": "champion"}, "encoder_decoder, decoder_only"),
+        ({}, {"kind": "decoder_only", "legacy_vocab": True, "mask_answer": True}, "has no token to hide others with"),
         ({}, {"max_length": 3}, "no episode of 'train' fits a max_length of 3"),
         ({"val": [DATA["val"][0]._replace(query=Pair(DATA["val"][0].query.input, None))]}, {}, "not known: copy/0"),
     ],

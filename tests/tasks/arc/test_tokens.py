@@ -7,7 +7,7 @@ import torch
 from tasks import random
 from tasks.arc.augment import Augmentation, canvases, unchanged
 from tasks.arc.grid import PAD, Episode, Pair, from_canvas
-from tasks.arc.tokens import BOS, EOL, EOS, IGNORE_INDEX, SEP, Encoding, bucket, colours_at
+from tasks.arc.tokens import BOS, EOL, EOS, IGNORE_INDEX, MASK, SEP, Encoding, bucket, colours_at, masked
 
 
 def an_episode(seed: int, pairs: int = 2, high: int = 7) -> Episode:
@@ -184,8 +184,8 @@ def test_no_sequence_of_an_episode_is_longer_than_its_length_however_it_is_turne
 
 
 def test_lengths_are_few():
-    assert [bucket(n) for n in (1, 16, 17, 64, 65, 97, 931, 9031)] == [16, 16, 24, 64, 96, 128, 1024, 12288]
-    assert len({bucket(n) for n in range(1, 9332)}) == 20 and all(bucket(n) >= n for n in range(1, 9332))
+    assert [bucket(n) for n in (1, 16, 17, 64, 65, 97, 931, 9031)] == [8, 16, 24, 64, 96, 128, 1024, 12288]
+    assert len({bucket(n) for n in range(1, 9332)}) == 23 and all(bucket(n) >= n for n in range(1, 9332))
 
 
 def test_the_largest_episode_fits():
@@ -204,3 +204,31 @@ def test_the_largest_episode_fits():
 def test_an_encoding_that_cannot_be_is_a_sentence(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         Encoding(**settings)
+
+
+# ---- hidden answers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_input"), [("encoder_decoder", False), ("decoder_only", False), ("decoder_only", True)]
+)
+def test_only_what_was_said_of_the_answer_is_hidden(kind, on_input):
+    episodes = [EPISODES[i % 4] for i in range(400)]
+    plain, key = Encoding(kind, loss_on_input=on_input).batch(canvases(episodes)), random.keys(torch.arange(400))
+    batch = masked(plain, key)
+    name = {"encoder_decoder": "inputs", "decoder_only": "tokens"}[kind]
+    assert all(torch.equal(batch[other], plain[other]) for other in plain if other != name)
+    hidden = batch[name] != plain[name]
+    assert (batch[name][hidden] == MASK).all()
+    for b in range(4):  # the answer is the end of the sequence, and what ends it is never an input with an encoder
+        answer = spoken(episodes[b].query.output, EOS)
+        end = int((plain[name][b] != PAD).sum())
+        start = end - len(answer) + (kind == "encoder_decoder")
+        ever = hidden[b::4].any(0).nonzero().flatten().tolist()
+        assert ever == list(range(start, end)) if not on_input else set(range(start, end)) <= set(ever)
+    longest = [i for i in range(400) if i % 4 == 3]
+    shares = hidden[longest].float().sum(1) / hidden[longest].any(0).sum()
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.1) and shares.std().item() == pytest.approx(0.29, abs=0.05)
+    few = Encoding(kind, loss_on_input=on_input).batch(canvases(episodes[7:9]))
+    end = few[name].shape[1]
+    assert torch.equal(masked(few, key[7:9])[name], batch[name][7:9, :end]), "an item is hidden alike in any batch"
