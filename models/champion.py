@@ -17,6 +17,7 @@ right for grids 30 wide.
 
 # No `from __future__ import annotations` here: PyTorchModelHubMixin reads the type of `config` from each __init__.
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -145,13 +146,23 @@ PRESETS = {
     "tiny": ChampionConfig(d_model=32, num_heads=2, decoder_layers=2, d_ff=64),
 }
 
-_WIDE = {"d_model": 168, "encoder_layers": 1, "decoder_layers": 3, "d_ff": 680}
-# Experiments -1 … 4, each with what the one before has: as many parameters in all, so that a step tells what it adds.
-LADDER = {
-    "decoder_only": (ArcDecoder, ArcDecoderConfig(d_model=160, num_layers=4, d_ff=1016)),
-    "encoder_decoder": (ArcEncoderDecoder, ArcEncoderDecoderConfig(**_WIDE)),
-    "grid2d": (ArcEncoderDecoder, ArcEncoderDecoderConfig(**_WIDE, position="grid2d")),
-    "perminv": (ArcEncoderDecoder, ArcEncoderDecoderConfig(**_WIDE, position="grid2d", perminv="canonical")),
-    "champion": (Champion, ChampionConfig()),
-    "refine": (Champion, ChampionConfig(refine=2)),
+
+def _ladder(size: str, decoder: dict[str, int], wide: dict[str, int], d_ff: int) -> dict[str, tuple]:
+    """Experiments -1 … 5, each with what the one before has: as many parameters in all, so that a step tells what it
+    adds. d_ff is the last one's, which has codes of borders to pay for."""
+    wide, ours = {**wide, "encoder_layers": 1, "decoder_layers": 3}, PRESETS[size]
+    return {
+        "decoder_only": (ArcDecoder, ArcDecoderConfig(**decoder, num_layers=4)),
+        "encoder_decoder": (ArcEncoderDecoder, ArcEncoderDecoderConfig(**wide)),
+        "grid2d": (ArcEncoderDecoder, ArcEncoderDecoderConfig(**wide, position="grid2d")),
+        "perminv": (ArcEncoderDecoder, ArcEncoderDecoderConfig(**wide, position="grid2d", perminv="canonical")),
+        "champion": (Champion, ours),
+        "refine": (Champion, dataclasses.replace(ours, refine=2)),
+        "borders": (Champion, dataclasses.replace(ours, d_ff=d_ff, position="borders", rope2d=True)),
+    }
+
+
+LADDERS = {
+    "trial69": _ladder("trial69", {"d_model": 160, "d_ff": 1016}, {"d_model": 168, "d_ff": 680}, d_ff=272),
+    "small": _ladder("small", {"d_model": 80, "d_ff": 408}, {"d_model": 72, "d_ff": 376}, d_ff=240),
 }

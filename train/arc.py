@@ -115,7 +115,7 @@ class ArcRun(TrainingConfig):
         if strange := [name for name in self.skills if name not in TRAINED]:
             found.append(f"--skills {' '.join(strange)}: the skills to learn are {', '.join(TRAINED)}")
         if self.mask_answer and self.legacy:
-            found.append("--mask_answer with --legacy_vocab: the original's vocabulary has no token to hide others with")
+            found.append("--mask_answer with --legacy_vocab: that vocabulary has no token to hide others with")
         if self.data is not None and self.skills:
             found.append("--data and --skills both say what to learn; give one of them")
         if self.val_data is not None and self.data is None:

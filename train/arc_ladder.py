@@ -1,7 +1,7 @@
 """The ARC experiments on one ladder: equal parameters, data and steps, some seeds each, and one table with intervals.
 
 accelerate launch train/arc_ladder.py --max_minutes 120 --seeds 3
-accelerate launch train/arc_ladder.py --experiments encoder_decoder champion --skills reflect --max_steps 2000
+accelerate launch train/arc_ladder.py --preset tenfold --size small --skills upscale colour_map --max_minutes 60
 
     decoder_only      Exp -1   one sequence, RoPE
     encoder_decoder   Exp 0    an encoder of the question, a decoder of the answer
@@ -9,6 +9,7 @@ accelerate launch train/arc_ladder.py --experiments encoder_decoder champion --s
     perminv           Exp 2    and colours by their order of appearance
     champion          Exp 3    and demonstrations
     refine            Exp 4    and a second pass over the answer
+    borders           Exp 5    the Champion with learned places from either border, and rotary ones
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from models.arc_layers import ArcConfig, ArcModel, parameters
-from models.champion import LADDER, Champion
+from models.champion import LADDERS, Champion
 from tasks.compare import over_seeds, paired_difference
 from train.arc import ArcRun, data_of, make_task, preset_of, train
 from train.engine import ConfigError, Results, parse
@@ -33,7 +34,7 @@ from train.engine.processes import process_state
 from train.engine.run_folder import command_line, default_run_dir, write_json
 from train.engine.script import sentences
 
-Experiment = Literal["decoder_only", "encoder_decoder", "grid2d", "perminv", "champion", "refine"]
+Experiment = Literal["decoder_only", "encoder_decoder", "grid2d", "perminv", "champion", "refine", "borders"]
 COLUMNS = ("exact", "shape", "cell_accuracy", "change_accuracy")
 
 
@@ -42,17 +43,23 @@ class Rung(ArcRun):
     """One experiment of the ladder."""
 
     rung: Experiment = "champion"
+    # trial69: 1.72 M parameters each; small: 0.37 M, for a CPU.
+    size: Literal["trial69", "small"] = "trial69"
+
+    @property
+    def of_ladder(self) -> tuple[type[ArcModel], ArcConfig]:
+        return LADDERS[self.size][self.rung]
 
     @property
     def experiment(self) -> str:  # type: ignore[override]
-        return f"exp_{list(LADDER).index(self.rung) - 1}_{self.rung}"
+        return f"exp_{list(LADDERS[self.size]).index(self.rung) - 1}_{self.rung}"
 
     @property
     def kind(self) -> str:  # type: ignore[override]
         return "decoder_only" if self.rung == "decoder_only" else "encoder_decoder"
 
     def shape(self) -> ArcConfig:
-        config = LADDER[self.rung][1]
+        config = self.of_ladder[1]
         if self.tiny:
             config = dataclasses.replace(config, d_model=32, num_heads=2, d_ff=64)
         if self.dropout:
@@ -61,14 +68,21 @@ class Rung(ArcRun):
         return dataclasses.replace(config, **rates)
 
     def build(self) -> ArcModel:
-        return LADDER[self.rung][0](self.shape())
+        return self.of_ladder[0](self.shape())
 
 
 @dataclass(frozen=True, kw_only=True)
 class LadderRun(Rung):
     """Flags of train/arc_ladder.py; --context_pairs is what those that see demonstrations are shown."""
 
-    experiments: tuple[Experiment, ...] = ("decoder_only", "encoder_decoder", "grid2d", "perminv", "champion")
+    experiments: tuple[Experiment, ...] = (
+        "decoder_only",
+        "encoder_decoder",
+        "grid2d",
+        "perminv",
+        "champion",
+        "borders",
+    )
     # Initialisations and orders of each, from --seed on.
     seeds: int = 3
     epochs: float | None = None
@@ -87,7 +101,7 @@ class LadderRun(Rung):
     def of(self, name: Experiment, **changes: Any) -> Rung:
         """The run of one experiment."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Rung)}
-        shown = self.context_pairs if issubclass(LADDER[name][0], Champion) else 0
+        shown = self.context_pairs if issubclass(LADDERS[self.size][name][0], Champion) else 0
         return Rung(**{**values, "rung": name, "context_pairs": shown, **changes})
 
 
@@ -110,7 +124,8 @@ def report(run: LadderRun, root: Path, results: dict[str, list[Results]]) -> dic
     sets = [name for name in ("examples", "skills", "compose") if name in results[run.experiments[0]][0].report]
     summary: dict[str, Any] = {"seeds": list(seeds), "command": command_line(), "experiments": {}}
     for name, of in results.items():
-        model, config = LADDER[name][0], run.of(name).shape()
+        rung = run.of(name)
+        model, config = rung.of_ladder[0], rung.shape()
         scores = {
             part: {key: dict(zip(("mean", "half_interval"), over_seeds([r.report[part][key] for r in of]), strict=True))
                    for key in COLUMNS if all(key in r.report[part] for r in of)}

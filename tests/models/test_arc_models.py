@@ -12,7 +12,7 @@ from models import arc_decoder, arc_encoder_decoder, arc_layers, champion
 from models.arc_decoder import ArcDecoder, ArcDecoderConfig
 from models.arc_encoder_decoder import ArcEncoderDecoder, ArcEncoderDecoderConfig
 from models.arc_layers import NUM_COLOURS, Borders, match, parameters
-from models.champion import BRIDGES, LADDER, PARAMETERS, Champion, ChampionConfig
+from models.champion import BRIDGES, LADDERS, PARAMETERS, Champion, ChampionConfig
 from models.layers import rotary, rotate
 from tasks.arc import tokens
 from tests.models.tiny_arc import EPISODES, VARIANTS, answer_logits, batch, build, gradients, logits, prompt
@@ -254,9 +254,10 @@ def test_presets_have_the_originals_parameters():
     assert abs(parameters(Champion, champion.PRESETS["trial69"]) / PARAMETERS - 1) < 0.01
 
 
-def test_the_ladder_is_level():
-    sizes = [parameters(model, config) for model, config in LADDER.values()]
-    assert max(sizes) <= 1.01 * min(sizes) and all(abs(size / PARAMETERS - 1) < 0.01 for size in sizes)
+@pytest.mark.parametrize(("ladder", "expected"), [("trial69", PARAMETERS), ("small", 370_000)])
+def test_the_ladder_is_level(ladder, expected):
+    sizes = [parameters(model, config) for model, config in LADDERS[ladder].values()]
+    assert max(sizes) <= 1.01 * min(sizes) and all(abs(size / expected - 1) < 0.01 for size in sizes)
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
