@@ -19,6 +19,7 @@ right for grids 30 wide.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +54,14 @@ class ChampionConfig(ArcEncoderDecoderConfig):
 
 
 class Champion(ArcEncoderDecoder):
+    config: ChampionConfig
+
     def __init__(self, config: ChampionConfig):
         super().__init__(config)
 
-    def _build(self, config: ChampionConfig, demo_memories: int = 0) -> None:
-        c = config
-        super()._build(c, demo_memories=int(c.bridge == "cross_attn"))
+    def _build(self, config: ArcEncoderDecoderConfig, demo_memories: int = 0) -> None:
+        c = self.config
+        super()._build(config, demo_memories=int(c.bridge == "cross_attn"))
         if c.bridge != "none":
             self.role = nn.Embedding(2, c.d_model)  # input, output
             self.pair, self.nothing = nn.Embedding(1, c.d_model), nn.Embedding(1, c.d_model)
@@ -147,9 +150,9 @@ PRESETS = {
 }
 
 
-def _ladder(size: str, decoder: dict[str, int], wide: dict[str, int], d_ff: int) -> dict[str, tuple]:
-    """Experiments -1 … 5, each with what the one before has: as many parameters in all, so that a step tells what it
-    adds. d_ff is the last one's, which has codes of borders to pay for."""
+def _ladder(size: str, decoder: dict[str, Any], wide: dict[str, Any], d_ff: int) -> dict[str, tuple]:
+    """Experiments -1 … 3, each with what the one before has, and two that add something to the Champion: as many
+    parameters in all, so that a step tells what it brings. d_ff is the last one's, which pays for codes of borders."""
     wide, ours = {**wide, "encoder_layers": 1, "decoder_layers": 3}, PRESETS[size]
     return {
         "decoder_only": (ArcDecoder, ArcDecoderConfig(**decoder, num_layers=4)),

@@ -1,0 +1,164 @@
+"""What a molecule is: atoms, force-field parameters and internal coordinates, read from a small versioned JSON.
+
+The JSON is derived from OpenMM by `tasks/molecule/derive.py`, so that running needs torch and numpy alone. Units
+everywhere: nm, kJ/mol, K, ps, amu, rad, and charges in units of the elementary charge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VERSION = 1  # of the format of the JSON
+ALA2 = Path(__file__).with_name("ala2.json")
+ALA2_CENTRE = (6, 8, 14, 10)  # N, CA, C and CB of the alanine, of which `is_l` asks the hand
+KB = 8.314462618e-3  # kJ/mol/K
+
+
+class Bonds(NamedTuple):
+    """Each with energy k (r - r0)² / 2."""
+
+    atoms: np.ndarray  # int [n, 2]
+    r0: np.ndarray  # nm [n]
+    k: np.ndarray  # kJ/mol/nm² [n]
+
+
+class Angles(NamedTuple):
+    """Each with energy k (θ - θ0)² / 2."""
+
+    atoms: np.ndarray  # int [n, 3], the vertex in the middle
+    theta0: np.ndarray  # rad [n]
+    k: np.ndarray  # kJ/mol/rad² [n]
+
+
+class Torsions(NamedTuple):
+    """Each with energy k (1 + cos(periodicity φ - phase)); some share their four atoms."""
+
+    atoms: np.ndarray  # int [n, 4]
+    periodicity: np.ndarray  # int [n]
+    phase: np.ndarray  # rad [n]
+    k: np.ndarray  # kJ/mol [n]
+
+
+class Exceptions(NamedTuple):
+    """Pairs whose Coulomb and Lennard-Jones parameters are not combined from their atoms': neighbours in the bonds."""
+
+    atoms: np.ndarray  # int [n, 2]
+    chargeprod: np.ndarray  # e² [n]
+    sigma: np.ndarray  # nm [n]
+    epsilon: np.ndarray  # kJ/mol [n]
+
+
+class Born(NamedTuple):
+    """Generalized Born solvent of Onufriev, Bashford and Case (2004), with the surface term of Schaefer and Karplus."""
+
+    radius: np.ndarray  # nm [N], the atom's own
+    scale: np.ndarray  # [N], of radius - offset, where the atom displaces the solvent of others
+    solvent_dielectric: float
+    solute_dielectric: float
+    offset: float  # nm
+    alpha: float  # of ψ in the effective radius; OBC1 has no term in ψ²
+    gamma: float  # of ψ³
+    coulomb: float  # kJ/mol nm/e²: OpenMM's text has fewer digits than its Coulomb force
+    surface: float  # kJ/mol/nm²
+    probe: float  # nm
+
+
+TABLES = {"bonds": Bonds, "angles": Angles, "torsions": Torsions, "exceptions": Exceptions, "gb": Born}
+ARRAYS = ("masses", "positions", "charges", "sigma", "epsilon")  # float64, a row for each atom
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """A molecule of N atoms without constraints.
+
+    `zmatrix` has N - 1 rows (atom, bonded-to, angle-to, dihedral-to), each atom after those that it refers to; the
+    first row has -1 for the angle and the dihedral, the second for the dihedral, and zmatrix[0][1] is at the root.
+    `soft` are the dihedrals, counted from the third row, that turn rather than vibrate.
+    """
+
+    name: str
+    force_field: str
+    atoms: tuple[str, ...]  # "ACE-CH3": residue and name
+    elements: tuple[str, ...]
+    masses: np.ndarray  # amu [N]
+    positions: np.ndarray  # nm [N, 3], a minimum of the L form
+    charges: np.ndarray  # e [N]
+    sigma: np.ndarray  # nm [N]
+    epsilon: np.ndarray  # kJ/mol [N]
+    bonds: Bonds
+    angles: Angles
+    torsions: Torsions
+    exceptions: Exceptions
+    gb: Born
+    coulomb: float  # kJ/mol nm/e²
+    zmatrix: tuple[tuple[int, int, int, int], ...]
+    soft: tuple[int, ...]
+    phi: tuple[int, int, int, int]
+    psi: tuple[int, int, int, int]
+    hash: str  # sha256 of all the above
+
+    @property
+    def num_atoms(self) -> int:
+        return len(self.atoms)
+
+
+def load_system(path: str | Path = ALA2) -> System:
+    """Read a molecule. Raises ValueError, in a sentence, for a file that is not one or does not fit together."""
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = content.pop("version")
+        if found != VERSION:
+            raise ValueError(f"{path} is of version {found}; this code reads {VERSION}: derive it anew")
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        fields = {name: table(**_arrays(content.pop(name))) for name, table in TABLES.items()}
+        fields |= {name: np.array(content.pop(name), dtype=float) for name in ARRAYS}
+        fields |= {name: tuple(content.pop(name)) for name in ("atoms", "elements", "soft", "phi", "psi")}
+        fields["zmatrix"] = tuple(map(tuple, content.pop("zmatrix")))
+        system = System(**content, **fields, hash=hashlib.sha256(text.encode()).hexdigest())
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a molecule of tasks/molecule/derive.py: {error!r}") from error
+    _check(system, path)
+    return system
+
+
+def is_l(x: Tensor, centre: tuple[int, int, int, int] = ALA2_CENTRE) -> Tensor:
+    """Whether the residue has the hand of natural proteins: (N-CA)×(C-CA)·(CB-CA) > 0. x [B, N, 3] gives bool [B]."""
+    n, alpha, c, beta_ = x[..., list(centre), :].unbind(-2)
+    return (torch.linalg.cross(n - alpha, c - alpha) * (beta_ - alpha)).sum(-1) > 0
+
+
+def beta(temperature: float) -> float:
+    """1 / (KB T) in mol/kJ."""
+    if not temperature > 0:
+        raise ValueError(f"a temperature of {temperature} K: it has to be above 0")
+    return 1 / (KB * temperature)
+
+
+def _arrays(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: np.array(value) if isinstance(value, list) else value for name, value in table.items()}
+
+
+def _check(system: System, path: str | Path) -> None:
+    count = system.num_atoms
+    for name in ARRAYS:
+        array = getattr(system, name)
+        if len(array) != count or not np.isfinite(array).all():
+            raise ValueError(f"{path}: {name} needs a finite row for each of {count} atoms")
+    placed = {system.zmatrix[0][1]}
+    for k, (atom, *refers) in enumerate(system.zmatrix):
+        known = refers[: k + 1]
+        if atom in placed or not placed.issuperset(known) or any(other != -1 for other in refers[k + 1 :]):
+            raise ValueError(
+                f"{path}: row {k} of the z-matrix refers to atoms that have no place yet, or has one already"
+            )
+        placed.add(atom)
+    if placed != set(range(count)):
+        raise ValueError(f"{path}: the z-matrix places {len(placed)} of {count} atoms")
