@@ -49,6 +49,7 @@ class Recipe:
     groups: int
     ps: float
     frame_every_ps: float
+    swap_every_ps: float
     equilibration_ps: float
     dt: float
     seed: int
@@ -57,7 +58,7 @@ class Recipe:
     def __post_init__(self) -> None:
         problems = [
             f"{name}={getattr(self, name)}: more than 0 is needed"
-            for name in ("groups", "ps", "frame_every_ps", "dt")
+            for name in ("groups", "ps", "frame_every_ps", "swap_every_ps", "dt")
             if not getattr(self, name) > 0
         ]
         if self.equilibration_ps < 0:
@@ -73,17 +74,18 @@ class Recipe:
 
     @property
     def frames(self) -> int:
-        return round(self.ps / self.frame_every_ps)
+        return math.ceil(round(self.ps / self.frame_every_ps, 6))
 
     @property
-    def cycles(self) -> int:
-        """Swap cycles in a frame."""
-        return math.ceil(self.frame_every_ps / SWAP_EVERY_PS)
+    def moves(self) -> tuple[int, int]:
+        """Moves, pieces of dynamics, from frame to frame and from swap to swap: one of them is 1."""
+        frame, swap = self.frame_every_ps, self.swap_every_ps
+        return math.ceil(round(frame / swap, 6)), max(1, int(round(swap / frame, 6)))
 
     @property
     def steps(self) -> int:
-        """Steps of dynamics in a cycle."""
-        return max(1, round(self.frame_every_ps / self.dt / self.cycles))
+        """Of a move."""
+        return max(1, round(self.frame_every_ps / self.dt / self.moves[0]))
 
     def file(self, max_seconds: float | None = None) -> Path:
         identity = [VERSION, dataclasses.asdict(self), max_seconds]
@@ -117,7 +119,8 @@ def make_data(
     *,
     groups: int,
     ps: float,
-    frame_every_ps: float = 1.0,
+    frame_every_ps: float = 0.1,
+    swap_every_ps: float = SWAP_EVERY_PS,
     equilibration_ps: float = 100.0,
     ladder: tuple[float, ...] = LADDER,
     dt: float = 0.001,
@@ -134,7 +137,9 @@ def make_data(
     Raises ValueError for settings that cannot be and where positions stop being finite, and OSError where the cache's
     folder cannot be written.
     """
-    recipe = Recipe(system.hash, tuple(ladder), groups, ps, frame_every_ps, equilibration_ps, dt, seed, device)
+    recipe = Recipe(
+        system.hash, tuple(ladder), groups, ps, frame_every_ps, swap_every_ps, equilibration_ps, dt, seed, device
+    )
     _on(recipe.ladder, temperatures)
     complete, limited = recipe.file(), recipe.file(max_seconds)
     with kept_in(complete.parent):
@@ -167,7 +172,7 @@ def _simulate(system: System, potential: Any, recipe: Recipe, watch: _Watch) -> 
     masses, count = system.masses, (recipe.groups, len(recipe.ladder))
     generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
     settings = {"steps": recipe.steps, "dt": recipe.dt, "generator": generator}
-    cycle_ps, kelvin = recipe.steps * recipe.dt, torch.tensor(recipe.ladder, device=recipe.device)
+    move_ps, kelvin = recipe.steps * recipe.dt, torch.tensor(recipe.ladder, device=recipe.device)
     x = torch.as_tensor(system.positions, dtype=torch.float32, device=recipe.device).repeat(*count, 1, 1)
     v = draw_velocities(masses, recipe.ladder[-1], count, generator)
     equilibrated = calls = 0
@@ -177,17 +182,17 @@ def _simulate(system: System, potential: Any, recipe: Recipe, watch: _Watch) -> 
         share = ANNEALED * part / (len(recipe.ladder) - 1)
         while equilibrated < share * recipe.equilibration_ps and not watch.late(share * EQUILIBRATION_SHARE):
             x, v = langevin(potential, masses, x, v, kelvin.clamp(min=stage), **settings)
-            equilibrated, calls = equilibrated + cycle_ps, calls + (recipe.steps + 1) * math.prod(count)
-            watch.advance(cycle_ps)
+            equilibrated, calls = equilibrated + move_ps, calls + (recipe.steps + 1) * math.prod(count)
+            watch.advance(move_ps)
     settling = Tempering(potential, masses, recipe.ladder, x, **settings)
     while equilibrated < recipe.equilibration_ps and not watch.late(EQUILIBRATION_SHARE):
-        settling.cycle()
-        equilibrated += cycle_ps
-        watch.advance(cycle_ps)
+        _move(settling, recipe)
+        equilibrated += move_ps
+        watch.advance(move_ps)
     run, frames = Tempering(potential, masses, recipe.ladder, settling.x, **settings), []
     while len(frames) < recipe.frames and not (watch.late() and len(frames) >= LEAST_FRAMES):
-        for _ in range(recipe.cycles):
-            run.cycle()
+        for _ in range(recipe.moves[0]):
+            _move(run, recipe)
         run.x -= run.x.mean(-2, keepdim=True)  # far from the origin float32 loses digits
         frames.append(run.x.cpu())
         watch.advance(recipe.frame_every_ps)
@@ -205,6 +210,12 @@ def _simulate(system: System, potential: Any, recipe: Recipe, watch: _Watch) -> 
     }
     energies = _energies(potential, x)
     return Trajectories(x, energies, recipe.ladder, info | {"tau_ps": _correlation(system, recipe, x, energies)})
+
+
+def _move(chains: Tempering, recipe: Recipe) -> None:
+    chains.move()
+    if chains.moves % recipe.moves[1] == 0:
+        chains.swap()
 
 
 @torch.no_grad()

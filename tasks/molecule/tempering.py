@@ -93,8 +93,9 @@ class Tempering:
         transport: the map of the swaps; None for plain ones. It must not change meanwhile.
         steps, dt, friction: of the dynamics between swaps, as in `langevin`.
 
-    Attributes: `x`, `v` [G, K, N, 3], `energies` float64 [G, K] in kJ/mol, `labels` int64 [G, K] (the replica at each
-    temperature), `cycles`, `energy_calls` (conformations whose energy or forces were asked for).
+    Attributes: `x`, `v` [G, K, N, 3], `energies` float64 [G, K] in kJ/mol after the last swaps, `labels` int64 [G, K]
+    (the replica at each temperature), `moves`, `cycles` (rounds of swaps), `energy_calls` (conformations whose energy
+    or forces were asked for).
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Tempering:
         self.v = draw_velocities(masses, self._kelvin, (groups, places), generator, x.dtype)
         self.labels = torch.arange(places, device=x.device).repeat(groups, 1)
         self.energies = torch.full((groups, places), torch.nan, dtype=torch.float64, device=x.device)
-        self.cycles = self.energy_calls = 0
+        self.moves = self.cycles = self.energy_calls = 0
         self._trips = RoundTrips(self.labels)
         self._attempts, self._accepted = np.zeros(places - 1), np.zeros(places - 1)
 
@@ -137,12 +138,22 @@ class Tempering:
         return np.where(self._attempts > 0, self._accepted / np.maximum(self._attempts, 1), np.nan)
 
     def cycle(self) -> None:
-        """Dynamics at every temperature, then swaps of neighbours: the even pairs and the odd ones in turn."""
+        """Dynamics at every temperature, then swaps."""
+        self.move()
+        self.swap()
+
+    def move(self) -> None:
+        """`steps` of dynamics at every temperature."""
         settings = {"dt": self.dt, "friction": self.friction, "generator": self.generator}
         self.x, self.v = langevin(self.potential, self.masses, self.x, self.v, self._kelvin, self.steps, **settings)
+        self.energy_calls += self.labels.numel() * (self.steps + 1)
+        self.moves += 1
+
+    def swap(self) -> None:
+        """Swaps of neighbours: the even pairs and the odd ones in turn."""
         with torch.no_grad():
             self.energies = self.potential(self.x.double())
-        self.energy_calls += self.labels.numel() * (self.steps + 2)
+        self.energy_calls += self.labels.numel()
         pairs = len(self.temperatures) - 1
         for k in range(self.cycles % min(2, pairs), pairs, 2):
             self._swap(k)

@@ -44,6 +44,7 @@ SMALL = {
     "groups": 3,
     "ps": 0.4,
     "frame_every_ps": 0.1,
+    "swap_every_ps": 0.1,
     "equilibration_ps": 0.2,
     "ladder": LADDER,
     "dt": 0.005,
@@ -172,7 +173,7 @@ def test_limited_time_gives_fewer_frames_and_says_so(kept, monkeypatch, capsys):
     short = springs(**asked, max_seconds=0.0)
     assert short.x.shape[2] == 2  # the least that there can be
     whole = springs(**asked, max_seconds=1000.0)
-    assert whole.info["ps"] == 3.0 and whole.info["equilibration_ps"] == 2.0
+    assert whole.info["ps"] == 3.1 and whole.info["equilibration_ps"] == 2.0
     monkeypatch.setattr(data, "_simulate", None)
     assert springs(**asked, max_seconds=12.0).info == whole.info  # what is whole serves every limit
 
@@ -201,6 +202,16 @@ def test_lines_tell_of_the_progress_where_there_is_no_terminal(monkeypatch, caps
 def test_settings_that_cannot_be(settings, problem):
     with pytest.raises(ValueError, match=problem):
         springs(**settings)
+
+
+@pytest.mark.parametrize(
+    ("frame", "moves", "steps", "swaps"), [(0.1, (1, 5), 20, 4), (0.5, (1, 1), 100, 4), (1.0, (2, 1), 100, 4)]
+)
+def test_frames_may_be_nearer_or_farther_than_swaps(frame, moves, steps, swaps):
+    recipe = data.Recipe("springs", LADDER, 2, 2.0, frame, 0.5, 0.0, 0.005, 0, "cpu")
+    assert recipe.moves == moves and recipe.steps == steps
+    made = springs(ps=2.0, frame_every_ps=frame, swap_every_ps=0.5, equilibration_ps=0.0)
+    assert made.info["energy_calls"] == 9 * (recipe.frames * moves[0] * (steps + 1) + swaps)
 
 
 def test_every_temperature_has_its_own_energies():
