@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def compiled(launch: Launch, target: str, config: str = "") -> Row:
     return Row(launch.kernel.__name__, config, target, *measure(binary.asm), binary.metadata.shared, _width(binary.asm))
 
 
-def _nvidia(asm) -> tuple[int, int]:
+def _nvidia(asm: Mapping) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
@@ -120,14 +120,14 @@ def _nvidia(asm) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def _amd(asm) -> tuple[int, int]:
+def _amd(asm: Mapping) -> tuple[int, int]:
     def found(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"]).group(1))
+        return int(re.findall(rf"\.{name}:\s+(\d+)", asm["amdgcn"])[0])
 
     return found("vgpr_count"), 4 * (found("vgpr_spill_count") + found("sgpr_spill_count"))
 
 
-def _width(asm) -> int:
+def _width(asm: Mapping) -> int:
     if "ptx" in asm:
         loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", asm["ptx"])
         return max((int(count or 1) * int(size) // 8 for count, size in loads), default=0)
@@ -145,8 +145,8 @@ def read_golden() -> tuple[str, dict[tuple[str, str, str], Row]]:
         rows = list(csv.DictReader(file))
     kept = {}
     for row in rows:
-        values = [row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(Row)]
-        kept[tuple(values[:3])] = Row(*values)
+        name, numbers = (row["kernel"], row["config"], row["target"]), (int(row[f.name]) for f in fields(Row)[3:])
+        kept[name] = Row(*name, *numbers)
     return rows[0]["triton"], kept
 
 

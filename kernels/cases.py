@@ -45,24 +45,24 @@ def linear_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Case]:
     """A row's logits, padding included, are read, read again for the gradient and written over."""
     real, size = device == "meta", dtype.itemsize
     rows, width = (4096, 768) if real else (16, 8)
-    for config, classes, options in (
-        ("", 50304 if real else 4992, (0.0, 0.0, None)),
-        ("everything, odd V", 50257 if real else 5003, (0.1, 1e-4, 30.0)),
-        ("small V", 300, (0.1, 0.0, None)),
+    for config, classes, smoothing, z_weight, softcap in (
+        ("", 50304 if real else 4992, 0.0, 0.0, None),
+        ("everything, odd V", 50257 if real else 5003, 0.1, 1e-4, 30.0),
+        ("small V", 300, 0.1, 0.0, None),
     ):
         inputs = floats(device, dtype, rows, width), floats(device, dtype, classes, width)
-        bias = None if options[2] is None else floats(device, dtype, classes)
+        bias = None if softcap is None else floats(device, dtype, classes)
         target = integers(device, classes, rows)
         logits, each_row = rows * padded_classes(classes) * size, 8 + size + 4 + 4  # target, its logit, nll, lse^2
         biases = 0 if bias is None else rows * (2 * classes + 1) * size  # one row a program, two passes
         yield Case(
             config,
-            partial(loss_and_gradients, *inputs, bias, target, *options, -100, [True, True, True]),
+            partial(loss_and_gradients, *inputs, bias, target, smoothing, z_weight, softcap, -100, [True, True, True]),
             {"linear_cross_entropy_bwd_kernel": 3 * logits + rows * each_row + biases},
         )
         yield Case(
             f"{config} loss only".strip(),
-            partial(chunked_loss, *inputs, bias, target, options[0], options[2], -100),
+            partial(chunked_loss, *inputs, bias, target, smoothing, softcap, -100),
             {"linear_cross_entropy_bwd_kernel": logits + rows * each_row + biases // 2},
         )
     rows, width, classes = (4096, 768, 50257) if real else (64, 64, 128)
@@ -175,10 +175,13 @@ def eigen_scan(device: str, dtype: torch.dtype) -> Iterator[Case]:
         edge, row, twice = 4 * width, size * width, (chunks - 1) * chunk
         shape = (batch, length, width // 2) if by_position else (width // 2,)
         x, y = (floats(device, dtype, batch, length, width) for _ in range(2))
-        decay = [-floats(device, torch.float32, *shape).abs() for _ in range(2)]
+        log_rho, omega = (-floats(device, torch.float32, *shape).abs() for _ in range(2))
         state, energy = floats(device, torch.float32, batch, width), floats(device, torch.float32, batch)
         reset, counted = bits(device, batch, length), bits(device, batch, length)
-        masks = (state, reset, counted) if everything else (None, None, None)
+        masks: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        sent: tuple[Tensor | None, Tensor | None] = (None, None)  # from the final state and the energy
+        if everything:
+            masks, sent = (state, reset, counted), (state, energy)
         # Of each position: decay and reset, and also what counts for the energy. Of each chunk: a decay [K].
         at, mask, of_chunk = edge * by_position + everything, int(everything), edge * (not by_position)
         carry = (2 * chunks - 1) * edge + of_chunk + mask * (edge + chunks - 1) + by_position * (chunks - 1) * edge
@@ -201,10 +204,9 @@ def eigen_scan(device: str, dtype: torch.dtype) -> Iterator[Case]:
             "eigen_scan_carry_kernel": carry,
             "eigen_scan_bwd_kernel": bwd + entering + edge * mask,
         }
-        inputs = (y, state, energy, x) if everything else (y, None, None, x)
         for name, run, minimum in (
-            ("forward", partial(scan.forward, x, *decay, *masks, everything), forward),
-            ("backward", partial(scan.backward, *inputs, *decay, *masks), backward),
+            ("forward", partial(scan.forward, x, log_rho, omega, *masks, everything), forward),
+            ("backward", partial(scan.backward, y, *sent, x, log_rho, omega, *masks), backward),
         ):
             minimum = {kernel: least for kernel, least in minimum.items() if chunks > 1 or kernel in list(minimum)[2:]}
             yield Case(f"{config} {name}".strip(), run, minimum)

@@ -52,7 +52,7 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 @lru_cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for it; a torch too old to say counts as no."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     instructions = {
         torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
         torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -82,7 +82,7 @@ class ChunkedHead:
         self.label_smoothing, self.z_loss_weight, self.softcap = label_smoothing, z_loss_weight, softcap
         self.logits = hidden.new_empty((self.chunk, classes), dtype=dtype)
         self.wide = None if dtype == wide else hidden.new_empty((self.block, classes), dtype=wide)
-        self.tanh = None if softcap is None else hidden.new_empty((self.block, classes), dtype=wide)
+        self.tanh = hidden.new_empty((0 if softcap is None else self.block, classes), dtype=wide)
 
     def losses(
         self, z: Tensor, y: Tensor, keep: Tensor, d_bias: Tensor | None, gradient: bool
@@ -171,7 +171,7 @@ def sum_over_rows(
         x = hidden[rows].masked_fill(~keep, 0).to(head.weight.dtype)
         y = target[rows].unsqueeze(1).masked_fill(~keep, 0)
         z = torch.mm(x, head.weight.t(), out=head.logits[: len(x)])
-        for block in zip(*(t.split(head.block) for t in (z, y, keep)), strict=True):
+        for block in zip(z.split(head.block), y.split(head.block), keep.split(head.block), strict=True):
             nll, square = head.losses(*block, d_bias, gradient)
             nll_sum, square_sum = nll_sum + nll, square_sum + square
         if gradient:

@@ -83,7 +83,7 @@ def fused_op(name: str, launcher: str) -> Callable[[Callable], torch.library.Cus
 
     def define(fallback: Callable) -> torch.library.CustomOpDef:
         @wraps(fallback)
-        def run(*args, **kwargs):
+        def run(*args: Any, **kwargs: Any) -> Any:
             device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
             if backend(op, device) == "torch":
                 return fallback(*args, **kwargs)
@@ -95,7 +95,9 @@ def fused_op(name: str, launcher: str) -> Callable[[Callable], torch.library.Cus
     return define
 
 
-def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **constants):
+def launch(
+    op: str, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **constants: Any
+) -> None:
     """Run a Triton kernel where its first tensor lies, and count it for `op`; an empty grid launches nothing.
 
     Args:

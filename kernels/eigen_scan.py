@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import cycle, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,9 +65,12 @@ class _Segment(NamedTuple):
         """[B, T, ...] -> the view [B, N, C, ...]."""
         return x.narrow(1, self.start, self.num_chunks * self.chunk).unflatten(1, (self.num_chunks, self.chunk))
 
-    def steps(self, x: Tensor | None) -> list[Tensor] | list[None]:
+    def steps(self, x: Tensor) -> list[Tensor]:
         """[B, T, ...] -> C views [B, N, ...], one for each position inside the chunks."""
-        return [None] * self.chunk if x is None else list(self.chunks(x).unbind(2))
+        return list(self.chunks(x).unbind(2))
+
+    def keeps(self, keep: Tensor | None) -> list[Tensor] | list[None]:
+        return [None] * self.chunk if keep is None else self.steps(keep)
 
     def states(self, x: Tensor) -> list[_State]:
         """As `steps`, of [B, T, 2, K]."""
@@ -163,9 +166,9 @@ def _carry(ends: Tensor, products: list, keep: Tensor | None, state: Tensor, rev
     return entering
 
 
-def _walk(x: list, decays: list, keeps: list, state: Tensor, outs: Iterable[_State]) -> Tensor:
+def _walk(x: list, decays: list, keeps: list, entering: Tensor, outs: Iterable[_State]) -> Tensor:
     """Every chunk from its entering state to its last, which is returned; the states on the way are written to outs."""
-    state = _State.of(state)
+    state = _State.of(entering)
     for x_i, decay, keep, out in zip(x, decays, keeps, outs, strict=False):
         state = _multiply_add(x_i, _kept(state, keep), decay, out)
     return state.both
@@ -196,12 +199,12 @@ def _eigen_scan_fwd(
     states = torch.empty(x.shape, dtype=dtype, device=x.device)  # [B, T, 2, K]
     carry = states.new_zeros(x.shape[0], *x.shape[2:]) if initial_state is None else _planes(initial_state)
     for seg in _segments(x):
-        walk = seg.steps(x), decay.steps(seg), seg.steps(keep)
+        walk = seg.steps(x), decay.steps(seg), seg.keeps(keep)
         entering = carry.unsqueeze(1)
         if seg.num_chunks > 1:
             scratch = states.new_empty(2, x.shape[0], seg.num_chunks, *x.shape[2:])
-            xs, *others = walk
-            ends = _walk(xs[1:], *(y[1:] for y in others), xs[0].to(dtype), cycle(map(_State.of, scratch)))
+            xs, decays, keeps = walk
+            ends = _walk(xs[1:], decays[1:], keeps[1:], xs[0].to(dtype), cycle(map(_State.of, scratch)))
             entering = _carry(ends, decay.products(seg), seg.keep_whole(keep), carry)
         carry = _walk(*walk, entering, seg.states(states))[:, -1]
     energy = states.new_empty(0)
@@ -212,7 +215,8 @@ def _eigen_scan_fwd(
 
 
 @_eigen_scan_fwd.register_fake
-def _(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy):
+def _(beta: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, with_energy = others
     dtype = state_dtype(beta.dtype)
     batch, _, width = beta.shape
     final_state = beta.new_empty(batch, width, dtype=dtype)
@@ -220,7 +224,9 @@ def _(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy):
     return torch.empty_like(beta, memory_format=torch.contiguous_format), final_state, energy
 
 
-def _direct_gradient(grad_states, grad_energy, states: Tensor, energy_mask: Tensor | None) -> Tensor:
+def _direct_gradient(
+    grad_states: Tensor | None, grad_energy: Tensor | None, states: Tensor, energy_mask: Tensor | None
+) -> Tensor:
     """[B, T, 2, K], perhaps a view of grad_states: what reaches each state other than through later states."""
     grad = states.new_zeros(()).expand_as(states) if grad_states is None else grad_states
     if grad_energy is not None:
@@ -250,7 +256,7 @@ def _eigen_scan_bwd(
     carry = zero_state if grad_final_state is None else _planes(grad_final_state)
     sums = [torch.zeros(log_rho.shape, dtype=grad.dtype, device=grad.device) for _ in range(2)]
     for seg in reversed(_segments(grad)):
-        g, decays, keeps = (x[::-1] for x in (seg.steps(direct), conj.steps(seg), seg.steps(keep)))
+        g, decays, keeps = seg.steps(direct)[::-1], conj.steps(seg)[::-1], seg.keeps(keep)[::-1]
         scratch = grad.new_empty(3, grad.shape[0], seg.num_chunks, *grad.shape[2:])
         sent, future = _State.of(scratch[2]), carry.unsqueeze(1)  # what later chunks send to the last state of each
         if seg.num_chunks > 1:
@@ -278,20 +284,29 @@ def _eigen_scan_bwd(
 
 
 @_eigen_scan_bwd.register_fake
-def _(grad_states, grad_final_state, grad_energy, states, log_rho, omega, initial_state, reset, energy_mask):
+def _(
+    grad_states: Tensor | None,
+    grad_final_state: Tensor | None,
+    grad_energy: Tensor | None,
+    states: Tensor,
+    log_rho: Tensor,
+    *others: Tensor | None,
+) -> tuple[Tensor, ...]:
     grad_initial = states.new_empty(states.shape[0], states.shape[2], dtype=state_dtype(states.dtype))
     contiguous = torch.contiguous_format
     grad_decay = [torch.empty_like(log_rho, memory_format=contiguous) for _ in range(2)]
     return torch.empty_like(states, memory_format=contiguous), *grad_decay, grad_initial
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, log_rho, omega, initial_state, reset, energy_mask, ctx.with_energy = inputs
     ctx.save_for_backward(output[0], log_rho, omega, initial_state, reset, energy_mask)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_states, grad_final_state, grad_energy):
+def _backward(
+    ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor | None, grad_energy: Tensor | None
+) -> tuple[Tensor | None, ...]:
     grad_energy = grad_energy if ctx.with_energy else None
     saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
     grads = _eigen_scan_bwd(grad_states, grad_final_state, grad_energy, *saved)
@@ -305,7 +320,15 @@ _eigen_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
 # ---- the public faces --------------------------------------------------------------------------------------------
 
 
-def _check(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy) -> None:
+def _check(
+    beta: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    energy_mask: Tensor | None,
+    with_energy: bool,
+) -> None:
     if beta.dim() != 3 or beta.shape[-1] % 2:
         raise ValueError(f"beta must be [B, T, 2K], real half then imaginary half; got {list(beta.shape)}")
     if not beta.is_floating_point():
@@ -319,9 +342,9 @@ def _check(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy)
             raise TypeError(f"{name} must be float32 or float64 (lower precision loses the phase), got {x.dtype}")
     if initial_state is not None and initial_state.shape != (batch, width):
         raise ValueError(f"initial_state must be [{batch}, {width}], got {list(initial_state.shape)}")
-    for name, x in (("reset", reset), ("energy_mask", energy_mask)):
-        if x is not None and (x.shape != (batch, length) or x.dtype != torch.bool):
-            raise ValueError(f"{name} must be bool [{batch}, {length}], got {x.dtype} {list(x.shape)}")
+    for name, mask in (("reset", reset), ("energy_mask", energy_mask)):
+        if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
+            raise ValueError(f"{name} must be bool [{batch}, {length}], got {mask.dtype} {list(mask.shape)}")
     if energy_mask is not None and not with_energy:
         raise ValueError("energy_mask says which positions the energy counts: pass with_energy=True, or no mask")
 
@@ -384,14 +407,14 @@ def eigen_scan_reference(
     decay_re, decay_im = log_rho.exp() * omega.cos(), log_rho.exp() * omega.sin()  # [K] or [B, T, K]
     re, im = (torch.zeros_like(beta[:, 0]) if initial_state is None else initial_state).chunk(2, -1)
     # unbind, because the backward of T separate selects is O(T^2)
-    betas, cuts = beta.unbind(1), None if reset is None else reset.unbind(1)
+    betas, cuts = beta.unbind(1), [] if reset is None else reset.unbind(1)
     a, b = (d.expand(beta.shape[1], -1).unbind(0) if d.dim() == 1 else d.unbind(1) for d in (decay_re, decay_im))
-    states = []
+    steps = []
     for t, (beta_re, beta_im) in enumerate(x.chunk(2, -1) for x in betas):
-        if reset is not None:
+        if cuts:
             re, im = (torch.where(cuts[t][:, None], 0, part) for part in (re, im))
         re, im = a[t] * re - b[t] * im + beta_re, b[t] * re + a[t] * im + beta_im
-        states.append(torch.cat([re, im], -1))
-    states = torch.stack(states, 1)  # [B, T, 2K]
+        steps.append(torch.cat([re, im], -1))
+    states = torch.stack(steps, 1)  # [B, T, 2K]
     counted = states if energy_mask is None else torch.where(energy_mask[..., None], states, 0)
     return ScanOutput(states, states[:, -1], counted.square().sum((1, 2)) if with_energy else None)

@@ -15,7 +15,7 @@ multiply them in backward, in fp32, for a gradient of the size of 1 / num_items 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,19 +54,29 @@ def _loss_only(
 
 
 @_loss_only.register_fake
-def _(hidden, weight, bias, target, label_smoothing, softcap, ignore_index):
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty((), dtype=wide), hidden.new_empty((), dtype=wide)
 
 
-def _gradient_buffers(hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: list[bool]) -> list[Tensor]:
+def _gradient_buffers(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden in the dtype of hidden; d_weight and d_bias, which add up over chunks, wide. Empty if not wanted."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return [
+    return (
         hidden.new_empty(hidden.shape if wants[0] else 0),
         hidden.new_zeros(weight.shape if wants[1] else 0, dtype=wide),
         hidden.new_zeros(weight.shape[:1] if wants[2] else 0, dtype=wide),
-    ]
+    )
 
 
 @fused_op("linear_cross_entropy_with_gradients", "linear_cross_entropy:loss_and_gradients")
@@ -90,31 +100,41 @@ def _loss_and_gradients(
 
 
 @_loss_and_gradients.register_fake
-def _(hidden, weight, bias, target, label_smoothing, z_loss_weight, softcap, ignore_index, wants):
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss_weight: float,
+    softcap: float | None,
+    ignore_index: int,
+    wants: list[bool],
+) -> tuple[Tensor, ...]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sums = (hidden.new_empty((), dtype=wide) for _ in range(3))
     return *sums, *_gradient_buffers(hidden, weight, bias, wants)
 
 
 @register_flop_formula(torch.ops.tenfold.linear_cross_entropy)
-def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
+def _(hidden_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     """Of the projection, for torch.utils.flop_counter, which does not see into an op."""
     return 2 * hidden_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.tenfold.linear_cross_entropy_with_gradients)
-def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
+def _(hidden_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     *_, (wants_hidden, wants_weight, _) = args
     return 2 * hidden_shape[0] * weight_shape[0] * weight_shape[1] * (1 + wants_hidden + wants_weight)
 
 
 # For whoever adds up memory without computing, as the flop formulas are for FLOPs.
-torch.ops.tenfold.linear_cross_entropy.default.workspace_bytes = (
+torch.ops.tenfold.linear_cross_entropy.default.workspace_bytes = (  # type: ignore[attr-defined]
     lambda hidden, weight, bias, target, label_smoothing, softcap, ignore_index: workspace_bytes(
         hidden, weight, softcap
     )
 )
-torch.ops.tenfold.linear_cross_entropy_with_gradients.default.workspace_bytes = (
+torch.ops.tenfold.linear_cross_entropy_with_gradients.default.workspace_bytes = (  # type: ignore[attr-defined]
     lambda hidden, weight, bias, target, label_smoothing, z_loss_weight, softcap, *rest: workspace_bytes(
         hidden, weight, softcap
     )
@@ -124,14 +144,14 @@ torch.ops.tenfold.linear_cross_entropy_with_gradients.default.workspace_bytes = 
 # ------------------------------------------------------------------------------------------------------- autograd glue
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, *_, ctx.wants = inputs
     ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "linear_cross_entropy takes its gradient in forward and cannot be differentiated twice: "

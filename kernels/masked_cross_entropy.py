@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def _pieces(logits: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor]
     floats, integers = (logits.new_empty(size, dtype=dtype) for dtype in (wide, INTEGER[wide]))
     for piece in _cuts(logits.shape, limit):
         shape = logits[piece].shape
-        yield piece, *(buffer[: math.prod(shape)].view(shape) for buffer in (floats, integers))
+        x, ones = (buffer[: math.prod(shape)].view(shape) for buffer in (floats, integers))
+        yield piece, x, ones
 
 
 def _select(x: Tensor, ones: Tensor, out: Tensor) -> Tensor:
@@ -158,44 +160,48 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 
 @_log_softmax_fwd.register_fake
-def _(logits, valid):
+def _(logits: Tensor, valid: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 @_log_softmax_bwd.register_fake
-def _(grad, logits, valid):
+def _(grad: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 @_cross_entropy_fwd.register_fake
-def _(logits, valid, target, label_smoothing, ignore_index):
+def _(
+    logits: Tensor, valid: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     loss, lse = (logits.new_empty(target.shape, dtype=_wide(logits)) for _ in range(2))
     return loss, target.new_empty(target.shape, dtype=torch.bool), lse
 
 
 @_cross_entropy_bwd.register_fake
-def _(grad, logits, valid, target, counted, lse, label_smoothing):
+def _(
+    grad: Tensor, logits: Tensor, valid: Tensor, target: Tensor, counted: Tensor, lse: Tensor, label_smoothing: float
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 # ------------------------------------------------------------------------------------------------------- autograd glue
 
 
-def _log_softmax_context(ctx, inputs, output):
+def _log_softmax_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _log_softmax_backward(ctx, grad):
+def _log_softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _log_softmax_bwd(grad, *ctx.saved_tensors), None
 
 
-def _cross_entropy_context(ctx, inputs, output):
+def _cross_entropy_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, valid, target, ctx.label_smoothing, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(logits, valid, target, *output[1:])
 
 
-def _cross_entropy_backward(ctx, grad, *_):
+def _cross_entropy_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return _cross_entropy_bwd(grad, *ctx.saved_tensors, ctx.label_smoothing), None, None, None, None
 
 
@@ -275,7 +281,7 @@ def masked_cross_entropy(
     _check_target(logits, target, label_smoothing)
     rows = logits, valid, target
     if target.dim() == 0:
-        rows = [t[None] for t in rows]
+        rows = logits[None], valid[None], target[None]
     losses, counted, _ = (t.reshape(target.shape) for t in _cross_entropy_fwd(*rows, label_smoothing, ignore_index))
     return reduce_rows(losses, counted, weight=weight, reduction=reduction, num_items=num_items)
 

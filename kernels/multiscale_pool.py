@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,11 @@ class _Windows:
         self.scales, self.mode, self.dtype = scales, mode, wide_dtype(x.dtype)
 
     def mix(self, x: Tensor, weights: Tensor) -> Tensor:
-        y = None
-        for (total, count), weight in zip(self._pooled(x), weights, strict=True):
-            y = total * (weight / count) if y is None else y.addcmul_(total, weight / count)
+        pooled = zip(self._pooled(x), weights, strict=True)
+        (total, count), weight = next(pooled)
+        y = total * (weight / count)
+        for (total, count), weight in pooled:
+            y.addcmul_(total, weight / count)
         return y
 
     def mix_transposed(self, grad: Tensor, weights: Tensor) -> Tensor:
@@ -87,16 +90,16 @@ class _Windows:
 
     def _sums_transposed(self, grads: Iterable[Tensor], scales: Sequence[int]) -> Tensor:
         """The gradient of x, given those of `_sums(x, scales)`, which are used up."""
-        powers: list[Tensor | None] = [None] * max(scales).bit_length()
+        powers: dict[int, Tensor] = {}
         for grad, scale in zip(grads, scales, strict=True):
             low, *others = _digits(scale)
             for i in others:
-                before = torch.zeros_like(grad) if powers[i] is None else powers[i]
+                before = powers[i] if i in powers else torch.zeros_like(grad)
                 powers[i] = self._plus(before, grad, scale % (1 << i), ahead=True)
-            powers[low] = grad if powers[low] is None else powers[low].add_(grad)
-        for i in reversed(range(len(powers) - 1)):
+            powers[low] = powers[low].add_(grad) if low in powers else grad
+        for i in reversed(range(max(powers))):
             above = powers[i + 1]
-            both = above if powers[i] is None else powers[i].add_(above)
+            both = powers[i].add_(above) if i in powers else above
             powers[i] = self._plus(both, above, 1 << i, ahead=True)
         return powers[0]
 
@@ -141,8 +144,9 @@ class _Blocks:
     """
 
     def __init__(self, scales: Sequence[int]):
-        self.nodes = sorted(range(len(scales)), key=lambda i: scales[i])  # the scale of each node, by its place
-        self.sizes = [scales[i] for i in self.nodes]
+        order = sorted(range(len(scales)), key=lambda i: scales[i])
+        self.sizes = [scales[i] for i in order]
+        self.nodes: list[int | None] = [*order]  # the scale of each node, by its place
         if self.sizes[0] > 1:
             self.nodes, self.sizes = [None, *self.nodes], [1, *self.sizes]
         self.edges = []  # (node, parent, ratio of their sizes)
@@ -237,7 +241,7 @@ def _multiscale_pool_fwd(
 
 
 @_multiscale_pool_fwd.register_fake
-def _(x, weights, reset, scales, mode):
+def _(x: Tensor, weights: Tensor | None, reset: Tensor | None, scales: Sequence[int], mode: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -247,7 +251,7 @@ def _multiscale_pool_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of weights; the latter is [0] where there are none, and only then may x be None."""
     grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    if weights is None:
+    if weights is None or x is None:
         for pool, mix, grad_part, out in _parts(scales, mode, None, reset, grad, grad_x):
             out.copy_(pool.mix_transposed(grad_part.to(mix.dtype), mix))
         return grad_x, grad.new_empty(0)
@@ -260,17 +264,19 @@ def _multiscale_pool_bwd(
 
 
 @_multiscale_pool_bwd.register_fake
-def _(grad, x, weights, reset, scales, mode):
+def _(
+    grad: Tensor, x: Tensor | None, weights: Tensor | None, reset: Tensor | None, scales: Sequence[int], mode: str
+) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
     return grad_x, grad.new_empty(0) if weights is None else weights.new_empty(weights.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weights, reset, ctx.scales, ctx.mode = inputs
     ctx.save_for_backward(None if weights is None else x, weights, reset)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weights, reset = ctx.saved_tensors  # once: activation checkpointing allows no second reading
     grad_x, grad_weights = _multiscale_pool_bwd(grad, x, weights, reset, ctx.scales, ctx.mode)
     return grad_x, None if weights is None else grad_weights, None, None, None
@@ -282,7 +288,7 @@ _multiscale_pool_fwd.register_autograd(_backward, setup_context=_setup_context)
 # ---- the public faces --------------------------------------------------------------------------------------------
 
 
-def _check(x, scales, weights, mode, reset) -> None:
+def _check(x: Tensor, scales: Sequence[int], weights: Tensor | None, mode: str, reset: Tensor | None) -> None:
     if x.dim() != 3:
         raise ValueError(f"x must be [B, T, D], got {list(x.shape)}")
     if not x.is_floating_point():

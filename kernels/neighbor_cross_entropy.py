@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, candidates, target, label_smoothing):
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, candidates: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide, rows = _wide(hidden, weight), candidates.shape[:1]
     counted, correct = (candidates.new_empty(rows, dtype=torch.bool) for _ in range(2))
     argmax = candidates.new_empty(rows, dtype=torch.int64)
@@ -138,7 +140,16 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad, hidden, weight, candidates, target, log_probs, label_smoothing, wants):
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    log_probs: Tensor,
+    label_smoothing: float,
+    wants: list[bool],
+) -> tuple[Tensor, ...]:
     dtypes = hidden.dtype, weight.dtype, log_probs.dtype
     shapes = _gradient_shapes(hidden, weight, wants)
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
@@ -147,14 +158,14 @@ def _(grad, hidden, weight, candidates, target, log_probs, label_smoothing, want
 # ------------------------------------------------------------------------------------------------------- autograd glue
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, candidates, target, ctx.label_smoothing = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden, weight, candidates, target, output[-1])
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     wants = list(ctx.needs_input_grad[:3])
     d_hidden, d_weight, d_bias = _backward_op(grad, *ctx.saved_tensors, ctx.label_smoothing, wants)
     gradients = d_hidden, d_weight, d_bias.to(ctx.bias_dtype or d_bias.dtype)

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -45,16 +45,16 @@ def bytes_moved() -> Iterator[Counter[str]]:
         GridExecutor.__call__,
     )
 
-    def counted_load(self, ptrs, mask, *rest):
+    def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         value = load(self, ptrs, mask, *rest)
         moved[running[-1]] += int(mask.data.sum()) * value.data.itemsize
         return value
 
-    def counted_store(self, ptrs, value, mask, *rest):
+    def counted_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         moved[running[-1]] += int(mask.data.sum()) * value.data.itemsize
         return store(self, ptrs, value, mask, *rest)
 
-    def named_launch(self, *args, **kwargs):
+    def named_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         running.append(self.fn.__name__)
         try:
             return launch(self, *args, **kwargs)

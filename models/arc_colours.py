@@ -58,7 +58,7 @@ class Naming:
 
 class Choices(NamedTuple):
     known: Tensor  # bool [B, n, 10]: the colours that have appeared
-    count: Tensor  # int64 [B, n, 1]: how many
+    count: Tensor  # type: ignore[assignment]  # int64 [B, n, 1]: how many; no use for tuple's own
     names: Tensor  # int64 [B, n, 10]: of each colour; all that have not appeared have the next one, `count`
 
     def possible(self) -> Tensor:

@@ -12,7 +12,9 @@ the sequence, or "rope2d" by row and column, and then a token is told which grid
 
 # No `from __future__ import annotations` here: PyTorchModelHubMixin reads the type of `config` from each __init__.
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,8 @@ PRESETS = {
 
 
 class ArcDecoder(ArcModel):
+    config: ArcDecoderConfig
+
     def __init__(self, config: ArcDecoderConfig):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # and the head
@@ -132,7 +136,7 @@ class ArcDecoder(ArcModel):
         else:
             turn = rotary((rows, columns), channels, ROPE2D_BASE)
             x = x + self.grid(ages.clamp(0, MAX_GRIDS - 1))
-        x, turn = self.dropout(x), tuple(t.unsqueeze(1) for t in turn)
+        x, turn = self.dropout(x), (turn[0].unsqueeze(1), turn[1].unsqueeze(1))
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
             x = self.run(layer, x, mask=mask, causal=causal, turn=turn, caches=cache)
@@ -150,7 +154,7 @@ class DecoderSession:
     @torch.no_grad()
     def __init__(self, model: ArcDecoder, tokens: Tensor, rows: Tensor, columns: Tensor, grids: Tensor) -> None:
         self.model = model
-        self.caches = [layer.new_caches() for layer in model.layers]
+        self.caches = [layer.new_caches() for layer in cast(Iterable[Layer], model.layers)]
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         # The first step says the last separator, so it is left out here. In the legacy vocabulary it looks like PAD.
         said = (tokens != PAD) & (tokens != SEP)
@@ -164,10 +168,12 @@ class DecoderSession:
     def step(self, tokens: Tensor, here: tuple[Tensor, Tensor], ahead: tuple[Tensor, Tensor]) -> Tensor:
         """Say tokens [B] at their places `here`; logits [B, V] of what is said next, at `ahead`."""
         self.visible = F.pad(self.visible, (0, 1), value=True)
+        rows, columns = (place.unsqueeze(1) for place in here)
         hidden = self.model.decode(
             tokens.unsqueeze(1),
             self.position,
-            *(place.unsqueeze(1) for place in here),
+            rows,
+            columns,
             self.age,
             mask=self.visible[:, None, None],
             caches=self.caches,

@@ -13,9 +13,9 @@ given the very token that it had to say; here position t is given the tokens bef
 # No `from __future__ import annotations` here: PyTorchModelHubMixin reads the type of `config` from each __init__.
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class Context(NamedTuple):
 
 
 class ArcEncoderDecoder(ArcModel):
+    config: ArcEncoderDecoderConfig
+
     def __init__(self, config: ArcEncoderDecoderConfig):
         super().__init__(config)
         self._build(config)
@@ -230,7 +232,7 @@ class ArcEncoderDecoder(ArcModel):
     ) -> list[Tensor]:
         """Logits [B, n, V] of each pass. With caches, of each pass's layers, tokens [B, 1] go on where they end."""
         x, turn = self.dropout(self.embed(tokens) + self.place(rows, columns, start)), self.turn(rows, columns)
-        passes = []
+        passes: list[Tensor] = []
         for k in range(self.config.refine):
             h = x
             if passes:  # what would be said here, seen at this very position: it depends on earlier tokens only
@@ -271,7 +273,8 @@ class AnswerSession:
     def __init__(self, model: ArcEncoderDecoder, question: Placed, demos: Placed) -> None:
         self.model, self.said = model, 0
         self.naming, self.context = model.read(question, demos)
-        self.caches = [[layer.new_caches() for layer in model.decoder] for _ in range(model.config.refine)]
+        layers = cast(Iterable[Layer], model.decoder)
+        self.caches = [[layer.new_caches() for layer in layers] for _ in range(model.config.refine)]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, here: tuple[Tensor, Tensor], ahead: tuple[Tensor, Tensor]) -> Tensor:

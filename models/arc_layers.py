@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +124,12 @@ class Cache:
 
     def __init__(self) -> None:
         self.length = 0
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: tuple[Tensor, ...] = ()  # with room behind `length`
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add n more -> all of them."""
         start, self.length = self.length, self.length + keys.shape[2]
-        if self.kept is None:
+        if not self.kept:
             self.kept = keys, values
         else:
             if self.length > self.kept[0].shape[2]:  # room for as many again, so that a step copies few
@@ -139,7 +139,8 @@ class Cache:
         return self.all()
 
     def all(self) -> tuple[Tensor, Tensor]:
-        return tuple(tensor[:, :, : self.length] for tensor in self.kept)
+        keys, values = (kept[:, :, : self.length] for kept in self.kept)
+        return keys, values
 
 
 class Attention(nn.Module):
@@ -216,8 +217,8 @@ class Layer(nn.Module):
         """x [B, n, D] -> [B, n, D]. Options as of `Attention`, of x to itself; turn is x's to memories too."""
         looks = [{"mask": mask, "causal": causal, "turn": turn}]
         looks += [{"memory": m.cells, "mask": m.there, "turn": turn, "memory_turn": m.turn} for m in memories]
-        caches = [None] * len(looks) if caches is None else caches
-        for norm, attention, look, cache in zip(self.norms, self.attentions, looks, caches, strict=True):
+        kept: Sequence[Cache | None] = [None] * len(looks) if caches is None else caches
+        for norm, attention, look, cache in zip(self.norms, self.attentions, looks, kept, strict=True):
             x = x + self.dropout(attention(norm(x), **look, cache=cache))
         y = self.dropout(F.gelu(self.up(self.mlp_norm(x))))
         return x + self.dropout(self.down(y))
@@ -231,6 +232,8 @@ class Layer(nn.Module):
 
 class ArcModel(nn.Module, PyTorchModelHubMixin):
     """With `gradient_checkpointing = True` backward recomputes each layer instead of storing it."""
+
+    embedding: nn.Embedding
 
     def __init__(self, config: ArcConfig):
         super().__init__()
@@ -252,13 +255,13 @@ class ArcModel(nn.Module, PyTorchModelHubMixin):
         """Tokens [...] -> [..., D], of the size of a place."""
         return self.embedding(tokens) * self.config.d_model**0.5
 
-    def run(self, layer: nn.Module, *args, **options) -> Tensor:
+    def run(self, layer: nn.Module, *args: Any, **options: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *args, **options, use_reentrant=False)
         return layer(*args, **options)
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "ArcModel":
         # The mixin's default leaves a weight that the file lacks at its random initial value.
         return super()._from_pretrained(strict=strict, **kwargs)
 
@@ -289,7 +292,7 @@ def match(model: type[ArcModel], config: C, target: int) -> C:
 
     Raises ValueError where none does.
     """
-    base, more = (parameters(model, dataclasses.replace(config, d_ff=d_ff)) for d_ff in (8, 16))
+    base, more = (parameters(model, dataclasses.replace(config, d_ff=d_ff)) for d_ff in (8, 16))  # type: ignore[arg-type]
     steps = round((target - base) / (more - base))  # the count is linear in d_ff
     found = base + steps * (more - base)
     if steps < 0 or abs(found - target) > TOLERANCE * target:

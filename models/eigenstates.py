@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,7 +89,7 @@ class Eigenvalues(nn.Module):
             log_rho, omega = log_rho * F.softplus(rate), omega + turn
         return log_rho, omega, torch.sqrt(-torch.expm1(2 * log_rho))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Eigenvalues:
         def keep_precision(tensor: Tensor) -> Tensor:
             cast = fn(tensor)
             return tensor.to(cast.device) if torch.finfo(cast.dtype).bits < 32 else cast

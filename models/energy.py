@@ -46,7 +46,7 @@ def energy_bound(model: TEN, input_ids: Tensor, reset: Tensor | None = None) -> 
 
     The states are computed in fp32 or better from the inputs that each layer gets in the model's own precision.
     """
-    mixers = [block.mixer for block in model.blocks]
+    mixers = [module for module in model.modules() if isinstance(module, EigenstateMixer)]
     found: list[LayerEnergy] = []
 
     def measure(mixer: EigenstateMixer, args: tuple, output: tuple) -> None:

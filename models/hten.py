@@ -17,6 +17,7 @@ The state after a position holds all that later ones need, so a token costs the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -99,18 +100,23 @@ def hten_scan(
         return plain_scan(beta, log_rho, omega, 1, initial_state, reset, counted)
     num_states, num_scales = log_rho.shape[-1], len(scales)
     sizes = group_sizes(num_states, num_scales)
-    carried = [None] * num_scales
+    carried: Sequence[Tensor | None] = [None] * num_scales
     if initial_state is not None:
         carried = initial_state.split([scale_state_size(n, s, mode) for n, s in zip(sizes, scales, strict=True)], -1)
     step = polyphase_scan if mode == "polyphase" else hold_scan
     groups = split_groups(beta, num_scales), log_rho.split(sizes, -1), omega.split(sizes, -1), scales, carried
     outs = [
-        (plain_scan if scale == 1 else step)(*decay, scale, state, reset, counted)
-        for *decay, scale, state in zip(*groups, strict=True)
+        (plain_scan if scale == 1 else step)(drive, rate, turn, scale, state, reset, counted)
+        for drive, rate, turn, scale, state in zip(*groups, strict=True)
     ]
     states = torch.cat([out.states.unflatten(-1, (2, -1)) for out in outs], -1).flatten(2)
     final_state = torch.cat([out.final_state for out in outs], -1)
-    return ScanOutput(states, final_state, None if counted is None else sum(out.energy for out in outs))
+    return ScanOutput(states, final_state, _total([out.energy for out in outs]))
+
+
+def _total(energies: Sequence[Tensor | None]) -> Tensor | None:
+    found = [energy for energy in energies if energy is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def plain_scan(
@@ -134,6 +140,10 @@ def plain_scan(
     )
 
 
+@overload
+def _lanes(x: Tensor, part: slice, lanes: int) -> Tensor: ...
+@overload
+def _lanes(x: Tensor | None, part: slice, lanes: int) -> Tensor | None: ...
 def _lanes(x: Tensor | None, part: slice, lanes: int) -> Tensor | None:
     """Of x [B, T, ...] the positions `part`, dealt out in turn: [B * lanes, n, ...]. None, and a [K] for all, as is."""
     if x is None or x.dim() == 1:
@@ -172,7 +182,9 @@ def polyphase_scan(
         if part.start == part.stop:
             continue
         out = eigen_scan(
-            *(_lanes(x, part, lanes) for x in (pooled, log_rho, omega)),
+            _lanes(pooled, part, lanes),
+            _lanes(log_rho, part, lanes),
+            _lanes(omega, part, lanes),
             initial_state=ring[:, :lanes].flatten(0, 1),
             reset=_lanes(begins, part, lanes),
             with_energy=counted is not None,
@@ -180,10 +192,10 @@ def polyphase_scan(
         )
         states.append(out.states.unflatten(0, (batch, lanes)).transpose(1, 2).flatten(1, 2))
         ring = torch.cat([ring[:, lanes:], out.final_state.unflatten(0, (batch, lanes))], 1)
-        energies.append(None if counted is None else out.energy.unflatten(0, (batch, lanes)).sum(1))
+        energies.append(None if out.energy is None else out.energy.unflatten(0, (batch, lanes)).sum(1))
     past = F.pad(inputs[:, 1 - scale :], (0, 0, max(0, scale - 1 - inputs.shape[1]), 0)).to(dtype)
     final_state = torch.cat([ring.flatten(1), past.flatten(1), _age_after(age, scale, dtype)], 1)
-    return ScanOutput(torch.cat(states, 1), final_state, None if counted is None else sum(energies))
+    return ScanOutput(torch.cat(states, 1), final_state, _total(energies))
 
 
 def hold_scan(

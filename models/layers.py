@@ -18,7 +18,7 @@ class ScaledLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         """x [..., in_features], scale [out_features] or [..., out_features], any float -> [..., out_features] as x."""
         if scale.dim() == 1:
             return F.linear(x, self.weight * scale.to(self.weight.dtype)[:, None])

@@ -9,8 +9,9 @@ the rest of the original's arithmetic, so that its numbers can be explained.
 # No `from __future__ import annotations` here: PyTorchModelHubMixin reads the type of `config` from each __init__.
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ ACT_THRESHOLD = 0.99
 # Of rotary angles per cell: the slowest turns by about a radian over 100 cells (arXiv 2403.13298 takes 100 as well).
 ROPE_BASE = 100.0
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "micro": {"d_model": 32, "num_heads": 2, "d_ff": 128, "num_layers": 4},  # for two CPU cores
     "tiny": {"d_model": 128, "num_heads": 4, "d_ff": 512, "num_layers": 2},
     "small": {"d_model": 256, "num_heads": 4, "d_ff": 1024, "num_layers": 3},
@@ -234,7 +235,7 @@ def offset_classes(candidates: Tensor, size: int, horizon: int) -> Tensor:
 class HorizonHead(nn.Linear):
     """Scores of where to be k steps on. All that it does is in forward, where a sharded weight is whole."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden: Tensor,
         candidates: Tensor,
@@ -242,7 +243,7 @@ class HorizonHead(nn.Linear):
         *,
         masked: bool = False,
         label_smoothing: float = 0.0,
-        num_items: Tensor | None = None,
+        num_items: Tensor | int = 1,
     ) -> Tensor:
         """hidden [R, D], candidates [R, J] -> scores [R, J]; with labels [R, J] the summed cross-entropy / num_items.
 
@@ -299,7 +300,7 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
         """x [B, n, D] -> hidden [B, n, D], and by name other parts of the loss: weight, value [B, n or 1] of cells."""
         raise NotImplementedError
 
-    def run(self, block: nn.Module, *args):
+    def run(self, block: nn.Module, *args: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -352,7 +353,7 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
         return {"loss": loss, **losses}
 
     def _head(self, k: int) -> HorizonHead:
-        return self.heads[min(k, len(self.heads) - 1)]
+        return cast(HorizonHead, self.heads[min(k, len(self.heads) - 1)])
 
     def _objective(self, k: int) -> dict[str, bool | float]:
         config = self.config
@@ -362,7 +363,7 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
 
     def _classes(self, candidates: Tensor, size: int) -> list[Tensor]:
         """For each horizon the heads' classes of the candidates, [B * n, J]."""
-        cells = candidates.unbind(2)
+        cells: Sequence[Tensor] = candidates.unbind(2)
         if self.config.position == "rope2d":
             cells = [offset_classes(c, size, k + 1) for k, c in enumerate(cells)]
         return [c.flatten(0, 1) for c in cells]
@@ -390,6 +391,6 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"labels must be bool {list(candidates.shape)}, not {labels.dtype} {list(labels.shape)}")
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "MazeModel":
         # The mixin's default leaves a weight that the file lacks at its random initial value.
         return super()._from_pretrained(strict=strict, **kwargs)

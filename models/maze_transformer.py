@@ -35,6 +35,8 @@ PRESETS = {name: MazeTransformerConfig(maze_size=16, **size) for name, size in S
 
 
 class MazeTransformer(MazeModel):
+    config: MazeTransformerConfig
+
     def __init__(self, config: MazeTransformerConfig):
         super().__init__(config)
         c = config

@@ -39,7 +39,7 @@ class MLMUConfig(MazeConfig):
 class PathAttention(Attention):
     def forward(self, x: Tensor, cells: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """x [B, L, D] to itself; or, with cells [B, n, D], to these and to those of its own that are known [B, L]."""
-        if cells is None:
+        if cells is None or known is None:
             return super().forward(x)
         n = cells.shape[1]
         together = torch.cat([cells, x], 1)
@@ -63,6 +63,8 @@ class PathBlock(Block):
 
 
 class MLMU(MazeModel):
+    config: MLMUConfig
+
     def __init__(self, config: MLMUConfig):
         super().__init__(config)
         self.blocks = nn.ModuleList(PathBlock(config) for _ in range(config.num_layers))
@@ -115,7 +117,7 @@ class MLMU(MazeModel):
     def _along(self, cells: list[Tensor], path: Tensor) -> Tensor:
         """cells: what each block was given, [B, n, D]; path [B, L] -> hidden [B, L, D]."""
         known = path >= 0
-        place = self.embedding.place(path.clamp(min=0)) * known.unsqueeze(2)
+        place = self.embedding.place(path.clamp(min=0)) * known.unsqueeze(2)  # type: ignore[misc]  # always a table
         h = self.known(known.long()) + self.step.weight[: path.shape[1]] + place
         for block, around in zip(self.blocks, cells, strict=True):
             h = self.run(block, h, around, known)

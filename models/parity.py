@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from models.maze_layers import MazeConfig
 from models.maze_transformer import MazeTransformerConfig
@@ -101,7 +101,7 @@ def _runs(config: MazeConfig) -> int:
         return config.R
     if isinstance(config, TRMConfig):
         return config.H_cycles * (config.L_cycles + 1)
-    return config.loops
+    return config.loops if isinstance(config, MazeTransformerConfig) else 1
 
 
 def _refines(config: MazeConfig) -> bool:
@@ -156,7 +156,7 @@ def match(template: C, target: int, cost: Callable[[MazeConfig], int], *, free: 
     )
 
 
-def _with_d_ff(template: C, changes: dict[str, int], target: int, cost: Callable, step: int) -> C | None:
+def _with_d_ff(template: C, changes: dict[str, Any], target: int, cost: Callable, step: int) -> C | None:
     """The d_ff, a multiple of step, that comes nearest to the target, if near enough: cost is linear in d_ff."""
     least = dataclasses.replace(template, d_ff=step, **changes)
     base, slope = cost(least), cost(dataclasses.replace(least, d_ff=2 * step)) - cost(least)

@@ -114,8 +114,9 @@ class Controller(nn.Module):
             u = self.input(y.to(self.input.weight.dtype)).flatten(0, 1)  # [rows, D / 2]
             if state is None:
                 start = u.new_zeros(2, u.shape[1]) if self.start is None else self.start
-                state = start.unsqueeze(1).expand(-1, len(u), -1)
-            fast, slow = state
+                fast, slow = start.unsqueeze(1).expand(-1, len(u), -1)
+            else:
+                fast, slow = state
             if step % self.config.T == 0:
                 slow = self.slow_norm(self.slow(u, slow))
             if self.config.legacy:
@@ -131,10 +132,12 @@ class PoHBlock(Block):
         super().__init__(config)
         self.gain = nn.Parameter(torch.ones(config.num_heads))
         self.controller = None if config.routing == "uniform" else Controller(config)
-        if config.routing == "frozen":
+        if self.controller is not None and config.routing == "frozen":
             self.controller.requires_grad_(False)
 
-    def forward(self, x: Tensor, step: int, state: State | None) -> tuple[Tensor, Tensor | None, State | None]:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, step: int, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State | None]:
         """x [B, n, D] -> x, entropy of the routing [B, 1 or n], state of the controller."""
         y = self.attention_norm(x)
         gate, entropy = self.gain.view(1, 1, -1), None
@@ -169,7 +172,8 @@ class LegacyPoHBlock(nn.Module):
 @torch.no_grad()
 def routing_weights(model: "PoH", passages: Tensor, start: Tensor, goal: Tensor) -> Tensor:
     """What each block's controller gives each head at each refinement, [blocks, R, B, 1 or n, H]; not for "uniform"."""
-    controllers, seen = [block.controller for block in model.blocks], []
+    controllers = [module for module in model.modules() if isinstance(module, Controller)]
+    seen: list[Tensor] = []
     hooks = [c.register_forward_hook(lambda module, inputs, out: seen.append(out[0])) for c in controllers]
     model.encode(model.embedding(passages, start, goal))
     for hook in hooks:
@@ -179,6 +183,9 @@ def routing_weights(model: "PoH", passages: Tensor, start: Tensor, goal: Tensor)
 
 class PoH(MazeModel):
     """The solver. `entropy_scale` is a factor on route_ent_weight, for a schedule to fill in: `scale.fill_(0.5)`."""
+
+    config: PoHConfig
+    entropy_scale: Tensor
 
     def __init__(self, config: PoHConfig):
         super().__init__(config)
@@ -203,7 +210,7 @@ class PoH(MazeModel):
             return h
 
         h, ponder = self.refiner(x, stack)
-        extras = {}
+        extras: dict[str, tuple[float | Tensor, Tensor]] = {}
         if self.config.routing != "uniform":
             weight = self.config.route_ent_weight * self.entropy_scale
             extras["route_entropy"] = weight, torch.stack(entropies).mean(0)

@@ -18,14 +18,15 @@ Unlike |λ_i - λ_j|, d does not take all slow states for one.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from models.eigenstates import EigenstateMixer
 from models.hten import group_sizes
-from models.ten import TEN
+from models.ten import TEN, Block
 
 DEAD = 1e-3  # of the layer's median contribution
 SAME = 0.05  # d above: a correlation of 0.9987
@@ -59,7 +60,7 @@ def spectrum(model: TEN) -> list[ScaleSpectrum]:
     """Layer by layer, scale by scale; computed in float64 on the CPU from the weights alone."""
     return [
         group
-        for layer, block in enumerate(model.blocks)
+        for layer, block in enumerate(cast(Iterable[Block], model.blocks))
         for group in _layer_spectrum(layer, block.mixer, block.mixer_norm.weight)
     ]
 

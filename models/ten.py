@@ -20,6 +20,7 @@ several `hten_scales` it is an HTEN: groups of eigenstates step over 2, 4, … t
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +219,7 @@ class TEN(nn.Module, PyTorchModelHubMixin):
         hidden, state, energy = self._encode(input_ids, initial_state, reset, counted)
         if skip_output_projection:
             return hidden
-        if labels is None:
+        if labels is None or counted is None or energy is None:  # all of them or none
             out = {"logits": F.linear(hidden[:, -logits_to_keep:], self.embedding.weight)}
         else:
             num_items = (counted.sum() if num_items is None else num_items).clamp(min=1)
@@ -321,6 +322,6 @@ class TEN(nn.Module, PyTorchModelHubMixin):
             logits, state = self.step(token, state)
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "TEN":
         # The mixin's default leaves a weight that the file lacks at its random initial value.
         return super()._from_pretrained(strict=strict, **kwargs)

@@ -33,6 +33,9 @@ class TRMConfig(MazeConfig):
 
 
 class TRM(MazeModel):
+    config: TRMConfig
+    beginning: Tensor
+
     def __init__(self, config: TRMConfig):
         super().__init__(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))

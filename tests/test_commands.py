@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
@@ -21,6 +19,8 @@ from train.engine import parse
 from train.language import LanguageConfig
 from train.maze import MazeRun
 from train.maze_scaling import ScalingRun
+from train.molecular import MoleculeRun
+from train.molecular import preset_of as molecules_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ("nano", "micro", "small", "medium", "large", "xlarge")
@@ -62,22 +62,14 @@ def test_every_command_of_a_maze_or_arc_script_is_accepted(config_class):
         parse(config_class, flags, default, fill=config_class.filled_in)
 
 
+def test_every_command_of_the_molecular_script_is_accepted():
+    for words in commands("molecular"):
+        flags = launch_command_parser().parse_args(words[2:]).training_script_args
+        parse(MoleculeRun, flags, molecules_preset(flags), fill=MoleculeRun.filled_in)
+
+
 @pytest.mark.parametrize("script", SIZES)
 def test_every_size_says_how_it_is_launched_everywhere(script):
     text = docstring(script)
     for word in ("cpu.yaml", "single_gpu.yaml", "multi_gpu.yaml", "deepspeed_zero", "fsdp2.yaml", "mps.yaml", "sweep"):
         assert word in text, word
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_sweep_sets_flags_that_exist(file):
-    sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert (ROOT / sweep["program"]).is_file() and "${args_no_boolean_flags}" in sweep["command"]
-    fields = {f.name for f in dataclasses.fields(LanguageConfig)}
-    assert set(sweep["parameters"]) <= fields
-    flags = [
-        f"--{name}={spec.get('value', spec.get('values', [spec.get('min')])[0])}"
-        for name, spec in sweep["parameters"].items()
-    ]
-    settings = parse(LanguageConfig, flags, fill=LanguageConfig.filled_in)
-    assert settings.scales == (1,) and settings.max_minutes == 5

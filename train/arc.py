@@ -85,7 +85,7 @@ class ArcRun(TrainingConfig):
     mask_answer: bool = False
     # Choices of question, demonstrations and augmentation of an episode in one epoch.
     copies: int = 1
-    # Validation episodes answered freely at every evaluation, and of every set at the end.
+    # Validation episodes answered freely at every evaluation, and of every set at the end; 0 for none.
     free_run: int = 64
     free_run_at_end: int = 200
     # The dropout rates of trial 69; --no-dropout trains without any.
@@ -131,7 +131,8 @@ class ArcRun(TrainingConfig):
         if not self.tiny:
             return self
         data = {} if self.data is not None else TINY
-        return dataclasses.replace(self, **data, free_run_at_end=4, batch_size=min(self.batch_size, 8))
+        few = {"free_run_at_end": min(self.free_run_at_end, 4), "batch_size": min(self.batch_size, 8)}
+        return dataclasses.replace(self, **data, **few)
 
     def shape(self) -> ArcConfig:
         """The config of the model that the flags ask for."""
@@ -237,8 +238,8 @@ def train(run: ArcRun, data: dict[str, Sequence[Episode]]) -> Results:
     if run.eval_every is None and run.preset == "trial69":  # whose patience counts epochs
         run = dataclasses.replace(run, eval_every=max(1, round(len(task.train) / run.batch_size)))
     others = {name: episodes for name, episodes in data.items() if name not in ("train", "val")}
-    hooks = [Report(task, others, run.free_run_at_end), OriginNames(run.experiment)]
-    trainer = Trainer(lambda settings: settings.build(), run, task, hooks)
+    hooks = [Report(task, others, run.free_run_at_end)] if run.free_run_at_end else []
+    trainer = Trainer(lambda settings: settings.build(), run, task, [*hooks, OriginNames(run.experiment)])
     trainer.facts |= {"data": task.info, "model": {"script": run.experiment, **dataclasses.asdict(run.shape())}}
     trainer.report["baselines"] = task.baselines()
     return trainer.train()

@@ -310,7 +310,7 @@ class _Plan(NamedTuple):
     chunk: int
     num_chunks: int
 
-    def launch(self, kernel: Any, chunks: int, *args, **constants) -> None:
+    def launch(self, kernel: Any, chunks: int, *args: Any, **constants: Any) -> None:
         grid = (self.batch * chunks * self.blocks,)
         constants |= {"NUM_STATES": self.num_states, "BLOCK": self.block}
         launch("eigen_scan", kernel, grid, *args, **constants, num_warps=1)
@@ -338,7 +338,17 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in (x.stride() if x.dim() == 3 else (0, 0, x.stride(0)))]
 
 
-def _entering(plan, ends_kernel, log_rho, omega, reset, inputs, sizes, first, **constants) -> Tensor | None:
+def _entering(
+    plan: _Plan,
+    ends_kernel: Any,
+    log_rho: Tensor,
+    omega: Tensor,
+    reset: Tensor | None,
+    inputs: tuple,
+    sizes: tuple[int, ...],
+    first: Tensor | None,
+    **constants: Any,
+) -> Tensor | None:
     """The states that enter the chunks, [B, num_chunks, 2K] (phases 1 and 2): `first` is the first of them."""
     if plan.num_chunks == 1:
         return first
@@ -353,7 +363,15 @@ def _entering(plan, ends_kernel, log_rho, omega, reset, inputs, sizes, first, **
     return slots
 
 
-def forward(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    beta: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    energy_mask: Tensor | None,
+    with_energy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As the fallback `kernels.eigen_scan._eigen_scan_fwd`."""
     plan, wide = _plan(beta, log_rho), state_dtype(beta.dtype)
     initial_state, reset, energy_mask = _contiguous(initial_state, reset, energy_mask)
@@ -365,11 +383,19 @@ def forward(beta, log_rho, omega, initial_state, reset, energy_mask, with_energy
     energy = final_state.new_empty(plan.batch, plan.num_chunks * plan.blocks) if with_energy else None
     tensors = log_rho, omega, reset, beta, entering, energy_mask, states, final_state, energy
     plan.launch(eigen_scan_fwd_kernel, plan.num_chunks, *tensors, *sizes, **constants)
-    return states, final_state, energy.sum(1) if with_energy else final_state.new_empty(0)
+    return states, final_state, final_state.new_empty(0) if energy is None else energy.sum(1)
 
 
 def backward(
-    grad_states, grad_final_state, grad_energy, states, log_rho, omega, initial_state, reset, energy_mask
+    grad_states: Tensor | None,
+    grad_final_state: Tensor | None,
+    grad_energy: Tensor | None,
+    states: Tensor,
+    log_rho: Tensor,
+    omega: Tensor,
+    initial_state: Tensor | None,
+    reset: Tensor | None,
+    energy_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the fallback `kernels.eigen_scan._eigen_scan_bwd`."""
     plan, wide, per_position = _plan(states, log_rho), state_dtype(states.dtype), log_rho.dim() == 3
@@ -390,4 +416,5 @@ def backward(
     plan.launch(eigen_scan_bwd_kernel, plan.num_chunks, *tensors, *sizes, **constants)
     if not per_position:
         grad_decay = [partials.sum((0, 1)).to(log_rho.dtype) for partials in grad_decay]
-    return grad_beta, *grad_decay, grad_initial
+    grad_log_rho, grad_omega = grad_decay
+    return grad_beta, grad_log_rho, grad_omega, grad_initial

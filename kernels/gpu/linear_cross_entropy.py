@@ -8,6 +8,7 @@ logits cost 2 * D operations each and 6 bytes of traffic, so that below D ~ 800 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -292,7 +293,7 @@ def loss_and_gradients(
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b in the dtype of `total`, inside the matmul where the device can."""
     if total.dtype == b.dtype or _multiplies_into_fp32(b.device, b.dtype):
-        options = {} if total.dtype == b.dtype else {"out_dtype": total.dtype}
+        options: dict[str, Any] = {} if total.dtype == b.dtype else {"out_dtype": total.dtype}
         if first:
             torch.mm(a, b, out=total, **options)
         else:
@@ -314,5 +315,5 @@ def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _triton(dtype: torch.dtype):
+def _triton(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -6,7 +6,7 @@ Tiles are loaded whole and masked in registers: a load that the mask decides on 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -248,11 +248,11 @@ def _rows(tensor: Tensor) -> Rows:
     if len(merged) > 3:
         return _rows(tensor.contiguous())
     row = merged[0][1] if len(merged) == 1 else -1 if merged else 0
-    dims = [(1, 0)] * (3 - len(merged)) + merged
-    return Rows(tensor, (dims[1][0], dims[2][0]), tuple(stride for _, stride in dims), row, tensor.stride(-1))
+    (_, stride_0), (size_1, stride_1), (size_2, stride_2) = [(1, 0)] * (3 - len(merged)) + merged
+    return Rows(tensor, (size_1, size_2), (stride_0, stride_1, stride_2), row, tensor.stride(-1))
 
 
-def _launch(op, kernel, logits: Tensor, *args, **constants) -> None:
+def _launch(op: str, kernel: Any, logits: Tensor, *args: Any, **constants: Any) -> None:
     """The rest of a kernel's arguments, from the shape of the logits."""
     classes = logits.shape[-1]
     rows = logits.numel() // classes

@@ -12,6 +12,7 @@ that follow in the document. With p_s the gradient pooled so, dx = sum_s w_s p_s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -347,7 +348,7 @@ def _ages_of(reset: Tensor) -> Tensor:
     return positions_since_start(reset, reset.shape[1], reset.device).int()
 
 
-def forward(x: Tensor, weights: Tensor | None, reset: Tensor | None, scales: list[int], mode: str) -> Tensor:
+def forward(x: Tensor, weights: Tensor | None, reset: Tensor | None, scales: Sequence[int], mode: str) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     chunks, blocks, constants = _plan(x, weights, tuple(scales), mode, channels=128)
     ages = None if reset is None else _ages_of(reset)
@@ -359,7 +360,7 @@ def forward(x: Tensor, weights: Tensor | None, reset: Tensor | None, scales: lis
 
 
 def backward(
-    grad: Tensor, x: Tensor | None, weights: Tensor | None, reset: Tensor | None, scales: list[int], mode: str
+    grad: Tensor, x: Tensor | None, weights: Tensor | None, reset: Tensor | None, scales: Sequence[int], mode: str
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
     chunks, blocks, constants = _plan(grad, weights, tuple(scales), mode, channels=64)
@@ -372,7 +373,9 @@ def backward(
         weights = weights.contiguous()
         shape = (programs, len(scales)) if weights.dim() == 1 else (grad.shape[0] * chunks, *weights.shape)
         partials = torch.empty(shape, dtype=wide_dtype(grad.dtype), device=grad.device)
-    strides = *grad.stride(), *((0, 0, 0) if weights is None else x.stride())
+    strides = *grad.stride(), *((0, 0, 0) if weights is None or x is None else x.stride())
     arguments = grad, x, weights, ages, reaches, grad_x, partials, *strides, *grad.shape[1:], chunks, blocks
     launch("multiscale_pool", multiscale_pool_bwd_kernel, (programs,), *arguments, num_warps=1, **constants)
-    return grad_x, grad.new_empty(0) if weights is None else partials.sum(0).to(weights.dtype)
+    if weights is None or partials is None:
+        return grad_x, grad.new_empty(0)
+    return grad_x, partials.sum(0).to(weights.dtype)

@@ -201,7 +201,8 @@ def backward(
     d_z = log_probs.new_empty(candidates.shape if head else 0)
     classes = candidates.new_empty(d_z.shape, dtype=torch.int32)
     outputs = d_hidden if wants[0] else None, d_z if head else None, classes if head else None
-    blocks = _blocks(*candidates.shape, hidden.shape[1], hidden.device)
+    (rows, slots), width = candidates.shape, hidden.shape[1]
+    blocks = _blocks(rows, slots, width, hidden.device)
     inputs = grad, weight, candidates, target, log_probs
     strides = *grad.stride(), *weight.stride(), *candidates.stride(), *target.stride()
     scalars = label_smoothing, hidden.shape[0], weight.shape[0], *strides

@@ -111,6 +111,12 @@ def test_puzzles_are_split_by_sorted_id_and_none_is_learned_that_is_scored_on(tm
         data_of(dataclasses.replace(run, data=str(tmp_path / "all" / "2.json")))
 
 
+def test_who_wants_no_answers_gets_none(tmp_path):
+    results = main(EncoderDecoderRun, [*TINY, "--free_run_at_end", "0", "--run_dir", str(tmp_path / "run")])
+    assert "examples" not in results.report and not (tmp_path / "run" / "gallery.html").exists()
+    assert (tmp_path / "run" / "checkpoints" / EncoderDecoderRun.experiment / "last").exists()
+
+
 def test_the_decoder_of_the_original_vocabulary_trains_and_is_told_shapes(tmp_path):
     flags = ["--legacy_vocab", "--loss_on_input", "--run_dir", str(tmp_path / "run")]
     results = main(DecoderOnlyRun, [*TINY, *flags])

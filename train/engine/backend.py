@@ -113,7 +113,7 @@ class Backend:
     def step(self, bad: Tensor) -> None:
         """One optimizer step, none where `bad` (0-d float) is 1, and gradients cleared either way."""
         if self.skips_on_device:
-            self.optimizer.found_inf = bad
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.prepared_optimizer.step()
         elif not bad.item():
             self.prepared_optimizer.step()
@@ -167,7 +167,7 @@ class Backend:
 
     def on_main(self, call: Callable[[], T]) -> T:
         """What `call` returns on process 0; a ConfigError raised there is raised on all."""
-        outcome: tuple[T | None, str | None] = (None, None)
+        outcome: tuple[Any, str | None] = (None, None)
         if self.is_main:
             try:
                 outcome = (call(), None)

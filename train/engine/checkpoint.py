@@ -15,7 +15,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ MANIFEST = "manifest.json"
 
 def save_weights(model: nn.Module, folder: Path) -> None:
     """model.safetensors, and config.json where the model is one of the Hub's kind."""
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
+    save = getattr(model, "save_pretrained", None)
+    if save is not None:
+        save(folder)
         (folder / "README.md").unlink()  # a model card that says the model was pushed to the Hub
     else:
         save_model(model, str(folder / "model.safetensors"))
@@ -52,7 +53,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 def random_state() -> dict[str, Any]:
     """State of every generator that training may draw from, as types that load with weights_only=True."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),

@@ -6,10 +6,10 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -26,7 +26,7 @@ ALIASES = {
 }
 # What a resumed run may change: where it stops, what it shows, and what the machine needs. None of it moves a weight.
 LIMITS = {"max_steps", "max_minutes", "epochs", "max_cost", "hourly_rate", "early_stopping_patience"}
-FREE_ON_RESUME = LIMITS | {"num_workers", "cpu", "wandb", "tensorboard"}
+FREE_ON_RESUME = LIMITS | {"num_workers", "cpu", "wandb", "tensorboard", "db"}
 
 
 class ConfigError(ValueError):
@@ -99,6 +99,9 @@ class TrainingConfig:
     # auto: online where credentials or a sweep are present, else offline.
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     tensorboard: bool = False
+    # The experiment database. auto: experiments.db in the topmost folder called runs above the run's, or beside it;
+    # off: none; or its path.
+    db: str = "auto"
 
     # YAML, or an earlier run's config.json; flags win over it.
     settings: Path | None = None
@@ -109,7 +112,7 @@ class TrainingConfig:
 
     def problems(self) -> list[str]:
         """One sentence for each value that cannot work."""
-        at_least_one = (
+        at_least_one: tuple[str, ...] = (
             "batch_size",
             "micro_batch_size",
             "gradient_accumulation",
@@ -166,8 +169,29 @@ class TrainingConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.actions}
         return {name: plain(value) for name, value in values.items()}
 
+    def validate(self) -> None:
+        """Raises ConfigError with every bad value in one message. Choices too, which tyro would see to."""
+        found = [
+            f"--{name} must be one of {', '.join(choices)}, not {getattr(self, name)}"
+            for name, choices in _choices(type(self)).items()
+            if getattr(self, name) not in choices
+        ]
+        if found := found or self.problems():
+            raise ConfigError("these settings cannot work:\n" + "\n".join(f"  - {p}" for p in found))
+
+    def diff(self, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
+        """Settings in which two configs differ: name -> (of this one, of the other)."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {n: (mine.get(n), theirs.get(n)) for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)}
+
 
 Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def _choices(config_class: type[TrainingConfig]) -> dict[str, tuple[Any, ...]]:
+    """The fields that have one of a few values."""
+    hints = get_type_hints(config_class)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def plain(value: Any) -> Any:
@@ -207,14 +231,15 @@ def read_settings(config_class: type[TrainingConfig], path: Path) -> dict[str, A
         raise ConfigError(f"--settings {path} must hold `name: value` lines, not a {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     values = {ALIASES.get(name, name): value for name, value in values.items()}
-    unknown = [f"{name}{_nearest(name, fields)}" for name in values if name not in fields]
+    unknown = [f"{name}{nearest(name, fields)}" for name in values if name not in fields]
     if unknown:
         raise ConfigError(f"--settings {path} has unknown names: {', '.join(unknown)}")
     # Through the command line, so that a file's values meet the same parser as a flag's.
     return {name: value for name, value in values.items() if value is not None and name not in config_class.actions}
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that is not known."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -247,8 +272,7 @@ def parse(
     if config.settings is not None:
         argv = _as_flags(read_settings(config_class, config.settings)) + argv
         config = tyro.cli(config_class, args=argv, default=default)
-    if problems := config.problems():
-        raise ConfigError("these settings cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
+    config.validate()
     config = fill(config)
     if config.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
@@ -261,3 +285,8 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     old, new = (json.loads(json.dumps(c)) for c in (old, new))
     names = sorted((old.keys() | new.keys()) - FREE_ON_RESUME)
     return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two dicts: name -> (of a, of b), None where one hasn't it."""
+    return {n: (a.get(n), b.get(n)) for n in {**a, **b} if a.get(n) != b.get(n)}

@@ -31,7 +31,7 @@ def recompute_if_asked(model: nn.Module, config: TrainingConfig) -> None:
     if config.gradient_checkpointing:
         if not hasattr(model, "gradient_checkpointing"):
             raise ConfigError(f"{type(model).__name__} cannot recompute activations; drop --gradient_checkpointing")
-        model.gradient_checkpointing = True
+        model.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def fit(
@@ -50,7 +50,8 @@ def fit(
         return make_plan(model, config, *first_micro_batch(task, config, backend.world_size), backend, known)
 
     def search() -> tuple[Config, Plan, list[str]]:
-        candidate, made, tried = config, [], []
+        candidate, tried = config, []
+        made: list[dict[str, Any]] = []
         for changes in fittings:
             if changes.get("micro_batch_size") == 1 and config.batch_size == backend.world_size:
                 continue  # it is that small already
@@ -113,9 +114,9 @@ def _undone(
         if (plan_without := plan_of(without)).fits:
             candidate, plan = without, plan_without
     # Where micro-batches had to shrink to 1, the largest power of two that fits, for speed.
-    while candidate.micro_batch_size != config.micro_batch_size:
-        wider = dataclasses.replace(candidate, micro_batch_size=2 * candidate.micro_batch_size)
-        if wider.micro_batch_size * world_size >= config.batch_size or not (wider_plan := plan_of(wider)).fits:
+    while (size := candidate.micro_batch_size) is not None and size != config.micro_batch_size:
+        wider = dataclasses.replace(candidate, micro_batch_size=2 * size)
+        if 2 * size * world_size >= config.batch_size or not (wider_plan := plan_of(wider)).fits:
             break
         candidate, plan = wider, wider_plan
     return candidate, plan

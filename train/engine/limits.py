@@ -45,7 +45,7 @@ class Limits:
         ends: list[tuple[float, str]] = []
         if config.max_minutes is not None:
             ends.append((start + 60 * config.max_minutes, "max_minutes"))
-        if config.max_cost is not None:
+        if config.max_cost is not None and config.hourly_rate is not None:
             ends.append((start + 3600 * config.max_cost / config.hourly_rate - spent, "max_cost"))
         self.deadline, self.deadline_name = min(ends, default=(math.inf, ""))
         steps: list[tuple[int, str]] = []
@@ -53,6 +53,7 @@ class Limits:
             steps.append((config.max_steps, "max_steps"))
         if config.epochs is not None or (config.max_steps is None and not ends):
             steps.append((math.ceil((config.epochs or 1.0) * steps_per_epoch), "epochs"))
+        self.max_steps: int | None
         self.max_steps, self.steps_name = min(steps, default=(None, ""))
 
     @property

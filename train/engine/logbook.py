@@ -12,6 +12,7 @@ from typing import Any
 from train.engine.backend import Backend
 from train.engine.config import TrainingConfig
 from train.engine.metrics import Bar, JsonlFile, Meter, Row, TensorBoardFile, WandbRun
+from train.engine.record import Record, database_of
 from train.engine.snapshot import Progress
 
 KERNELS = logging.getLogger("kernels")
@@ -37,6 +38,7 @@ class Logbook:
         self.bar = Bar(shown=backend.is_main, item_name=item_name)
         self.trackers: list[Any] = []
         self._jsonl: JsonlFile | None = None
+        self._record: Record | None = None
         self._opened = self._since = time.perf_counter()
         self._rows, self._items, self._steps, self._seconds = 0, 0.0, 0, 0.0
         self._last_step = 0
@@ -63,12 +65,17 @@ class Logbook:
             self.trackers.append(run)
         if self.config.tensorboard:
             self.trackers.append(TensorBoardFile(run_dir, progress.step))
+        if (database := database_of(run_dir, self.config.db)) is not None:
+            self._record = Record(database, run_dir, self.say)
+            self.trackers.append(self._record)
 
     def cut_back(self, progress: Progress) -> None:
         """After a rewind: rows behind the checkpoint did not happen."""
         self._last_step, self._since = progress.step, time.perf_counter()
         if self._jsonl is not None:
             self._jsonl.cut_back(progress.metrics_bytes)
+        if self._record is not None:
+            self._record.cut_back(progress.step)
 
     @property
     def metrics_bytes(self) -> int:
@@ -129,3 +136,8 @@ class Logbook:
         for tracker in self.trackers:
             tracker.close()
         self.trackers.clear()
+
+    def conclude(self) -> None:
+        """Tell the database how the run ended, once the run folder says so."""
+        if self._record is not None:
+            self._record.conclude()

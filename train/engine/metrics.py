@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train.engine.config import TrainingConfig
+from train.engine.config import ConfigError, TrainingConfig
 
 Row = dict[str, Any]
 
@@ -132,8 +132,18 @@ class JsonlFile:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All rows of a metrics.jsonl; a last one that isn't whole, of a run that was killed or is writing it, is left out.
+
+    Raises ConfigError where another line is damaged.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}, is damaged: {error}") from error
+    return rows
 
 
 class WandbRun:
@@ -143,7 +153,7 @@ class WandbRun:
         import wandb
 
         # A sweep's agent decides itself where its runs go; `mode=None` leaves WANDB_MODE its say.
-        mode = None if "WANDB_MODE" in os.environ else "online" if _has_credentials() else "offline"
+        mode = None if "WANDB_MODE" in os.environ else "online" if has_wandb_credentials() else "offline"
         if config.wandb != "auto":
             mode = config.wandb
         self.run = wandb.init(
@@ -152,7 +162,7 @@ class WandbRun:
             id=run_id,
             resume="allow",
             mode=mode,
-            dir=run_dir,
+            dir=run_dir.resolve(),  # its service keeps the folder that the process's first run began in
             config=config.to_dict(),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -167,7 +177,7 @@ class WandbRun:
         self.run.finish()
 
 
-def _has_credentials() -> bool:
+def has_wandb_credentials() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_SWEEP_ID"):
         return True
     try:

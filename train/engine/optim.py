@@ -27,7 +27,7 @@ WSD_DECAY = 0.2
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; vectors and what `model.fp32_parameters()` names don't, and the latter learn more slowly."""
-    fp32 = set(model.fp32_parameters()) if hasattr(model, "fp32_parameters") else set()
+    fp32 = set(getattr(model, "fp32_parameters", list)())
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     split = {
         "decay": ([p for n, p in named if p.ndim >= 2 and n not in fp32], weight_decay, 1.0),
@@ -73,7 +73,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     }
     # beta2 0.95: the usual value for language models at small batches (arXiv 2005.14165, appendix B).
     betas = {"betas": (0.9, 0.95)}
-    usual = {"adamw": betas, "adamw8bit": betas, "sgd": {"momentum": 0.9, "nesterov": True}}
+    usual: dict[str, dict[str, Any]] = {"adamw": betas, "adamw8bit": betas, "sgd": {"momentum": 0.9, "nesterov": True}}
     extra = usual.get(config.optimizer, {}) if config.betas is None else {"betas": tuple(config.betas)}
     groups = parameter_groups(model, config.weight_decay)
     # Fused SGD has no rule for shards (torch 2.13: "_fused_sgd_ does not have a sharding strategy").

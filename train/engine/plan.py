@@ -47,7 +47,7 @@ class _Ledger(TorchDispatchMode):
         self.flops = self.live = self.peak = 0
         self._known = {t.untyped_storage()._cdata for t in ours}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
@@ -194,7 +194,7 @@ def make_plan(
         key = (recompute, micro_batches > 1, weights, shapes)
         if key not in known:
             if config.gradient_checkpointing:
-                model.gradient_checkpointing = recompute
+                model.gradient_checkpointing = recompute  # type: ignore[assignment]
             known[key] = measure(model, batch, backend.autocast_dtype, micro_batches)
         return known[key]
 
@@ -205,7 +205,7 @@ def make_plan(
         cost, flops = None, None
     finally:
         if config.gradient_checkpointing:
-            model.gradient_checkpointing = True
+            model.gradient_checkpointing = True  # type: ignore[assignment]
     groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in parameter_groups(model, config.weight_decay)}
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     memory = {

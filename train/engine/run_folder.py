@@ -102,6 +102,18 @@ class RunFolder:
         write_json(file, {**before, **facts, "updated": now()})
 
 
+def is_held(path: Path) -> bool:
+    """Whether a living process trains in the run folder."""
+    try:
+        with (path / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.engine.backend import Backend
@@ -80,7 +80,8 @@ class ShardedBackend(Backend):
         values = []
         for tensor in tensors(model):  # one at a time: only process 0 ever holds more than one of them
             value = self._gathered(tensor)
-            values.append(value.to(device or "cpu") if self.is_main else None)
+            if self.is_main:
+                values.append(value.to(device or "cpu"))
         return copied_with(self.skeleton, values) if self.is_main else None
 
     def load_weights(self, model: nn.Module, file: Path) -> None:
@@ -157,7 +158,7 @@ class FSDP2Backend(ShardedBackend):
                 raise ConfigError(
                     f"{type(model).__name__} cannot recompute activations; set fsdp_activation_checkpointing to false"
                 )
-            model.gradient_checkpointing = True
+            model.gradient_checkpointing = True  # type: ignore[assignment]
         for unit in self._units(model):
             fully_shard(unit, **self._settings)
         for buffer in model.buffers():
@@ -176,7 +177,7 @@ class FSDP2Backend(ShardedBackend):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        self.inner.set_requires_gradient_sync(last)
+        cast(FSDPModule, self.inner).set_requires_gradient_sync(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -184,12 +185,14 @@ class FSDP2Backend(ShardedBackend):
 
     def clip(self, max_norm: float) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.inner.parameters(), max_norm or float("inf")).detach()
-        return norm.full_tensor().to(self.device)
+        return cast(DTensor, norm).full_tensor().to(self.device)
 
     def _gathered(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = cast(DTensor, tensor.to(self.device)).full_tensor()
         # Cloned, for what was gathered may be the beginning of a longer, padded tensor.
-        return (tensor.to(self.device).full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        return tensor.clone()
 
     def _fill(self, tensor: Tensor, value: Tensor) -> None:
         if isinstance(tensor, DTensor):

@@ -80,13 +80,13 @@ class Snapshot:
 
     def _write(self) -> None:
         backend, progress = self.backend, self.progress
-        aside = backend.broadcast(self.checkpoints.begin(progress.step) if backend.is_main else None)
+        aside = backend.on_main(lambda: self.checkpoints.begin(progress.step))
         optimizer = backend.optimizer_state() if backend.sharded or backend.is_main else None
         mine = {"random": random_state(), "meter": self.meter.state_dict()}
         torch.save({**mine, "optimizer": optimizer if backend.sharded else None}, aside / f"rank-{backend.rank}.pt")
         model = backend.whole(self.model)
         averaged = backend.whole(self.ema.module) if self.ema is not None else None
-        if backend.is_main:
+        if model is not None:
             save_weights(model, aside)
             if averaged is not None:
                 save_model(averaged, str(aside / "ema.safetensors"))

@@ -153,8 +153,9 @@ def _against_the_machine(trainer: Trainer) -> tuple[float | None, float | None]:
         rate = max(trainer.matmul_rate_before, cpu_matmul_rate(backend))
         return rate * backend.world_size / flops_per_item, None
     peak = peak_flops(backend.device, backend.precision)
-    achieved = book.items_per_second * flops_per_item / backend.world_size
-    return None, achieved / peak if peak else None
+    if peak is None or book.items_per_second is None:
+        return None, None
+    return None, book.items_per_second * flops_per_item / backend.world_size / peak
 
 
 def plot_curves(run_dir: Path, floors: dict[str, float], monitor: str) -> None:

@@ -168,8 +168,9 @@ class Trainer:
         self._seconds = {"evaluation": 0.0, "save": 12 * self.plan.num_parameters / 2e8}  # until they are measured
         self.matmul_rate_before = cpu_matmul_rate(backend)
         self._introduce()
-        if self.progress.total_steps is None and not self.limits.has_clock:
-            self._fix_length(self.limits.max_steps, Intervals.of(config, self.limits.max_steps))
+        steps = self.limits.max_steps
+        if self.progress.total_steps is None and steps is not None and not self.limits.has_clock:
+            self._fix_length(steps, Intervals.of(config, steps))
         self.book.open(self.run_dir, self.progress)
 
     def _source(self, checkpoints: Checkpoints) -> Path | None:
@@ -188,6 +189,8 @@ class Trainer:
             "launch": backend.name,
             "processes": backend.world_size,
             "threads": torch.get_num_threads(),
+            "monitor": self.task.monitor,
+            "mode": self.task.mode,
         }
         if self.folder is not None:
             self.folder.describe(**facts, **self.facts)
@@ -333,7 +336,7 @@ class Trainer:
         if progress.step == 0 or not math.isfinite(scores[task.monitor]):
             return False
         sign = 1 if task.mode == "min" else -1
-        entry = {"step": progress.step, "score": scores[task.monitor], "scores": scores}
+        entry: dict[str, Any] = {"step": progress.step, "score": scores[task.monitor], "scores": scores}
         is_best = not progress.best or sign * entry["score"] < sign * progress.best[0]["score"]
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
         others = [e for e in progress.best if e["step"] != progress.step]
@@ -366,6 +369,7 @@ class Trainer:
     def close(self) -> None:
         """Let go of trackers, the run folder's lock, model and optimizer."""
         self.book.close()
+        self.book.conclude()
         if self.folder is not None:
             self.folder.release()
         self.backend.close()

@@ -31,7 +31,7 @@ class ZeroBackend(ShardedBackend):
     Weights stay in fp32 and autocast is the engine's `torch_autocast`: its bf16 mode would cast decay and phase.
     """
 
-    engine: deepspeed.DeepSpeedEngine | None = None  # before `prepare`
+    engine: Any = None  # a DeepSpeedEngine from `prepare` on
 
     def _connect(self) -> None:
         self.settings = without_auto(DeepSpeedPlugin().deepspeed_config)

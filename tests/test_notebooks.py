@@ -1,0 +1,62 @@
+"""The notebooks run from their first cell to their last, offline, and are kept without outputs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def execute(path: Path, folder: Path, monkeypatch) -> list:
+    """Run every cell in `folder`, without GPUs or a network; the cells, with what they showed."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for proxy in ("http_proxy", "https_proxy"):  # whatever would be fetched is refused at once
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook.cells
+
+
+def shown(cells: list) -> tuple[str, int]:
+    """All text that the cells printed or returned, and how many pictures."""
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    texts = [out.get("text", "") + out.get("data", {}).get("text/plain", "") for out in outputs]
+    return "\n".join(texts), sum("image/png" in out.get("data", {}) for out in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_valid_installs_itself_and_holds_no_output(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "%pip install" in code[0].source
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_there_are_two():
+    assert [path.stem for path in NOTEBOOKS] == ["mazes", "training"]
+
+
+def test_mazes(tmp_path, monkeypatch):
+    text, pictures = shown(execute(ROOT / "notebooks" / "mazes.ipynb", tmp_path, monkeypatch))
+    assert pictures == 2 and "fork_accuracy" in text
+    assert (tmp_path / "runs" / "experiments.db").exists()
+
+
+@pytest.mark.slow
+def test_training_in_three_minutes(tmp_path, monkeypatch):
+    started = time.monotonic()
+    cells = execute(ROOT / "notebooks" / "training.ipynb", tmp_path, monkeypatch)
+    text, pictures = shown(cells)
+    assert time.monotonic() - started < 180
+    assert pictures == 2 and "best: TextTask/" in text and "resumed     after step 21 of 40" in text
+    [resumed] = [cell for cell in cells if "resumed =" in cell.source]
+    assert resumed.outputs[-1].data["text/plain"] == "True"  # stopped and resumed, it is the run that never stopped

@@ -1,0 +1,232 @@
+"""The engine from Python: the origin's names, and the defects of its notebook that ours must not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.toy import CLASSES, ToyModel, ToyTask
+from train.engine.config import ConfigError
+from train.engine.experiments import ExperimentDB
+from train.engine.face import (
+    MetricsTracker,
+    OptimizerFactory,
+    SchedulerFactory,
+    TaskSpec,
+    Trainer,
+    TrainingConfig,
+    TrainingConfigBuilder,
+    UniversalDataModule,
+)
+from train.engine.run_folder import read_json
+
+pandas = pytest.importorskip("pandas")
+SPEC = TaskSpec(name="sums", loss="mse", metrics={"right": lambda out, y: ((out - y).abs() < 0.5).sum()})
+
+
+def sums(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+    return list(zip(x, x.sum(-1, keepdim=True), strict=True))
+
+
+TRAIN, VAL = sums(64, 0), sums(21, 1)
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> TrainingConfig:
+    monkeypatch.chdir(tmp_path)
+    steps = {"epochs": 2.0, "batch_size": 8, "warmup_steps": 2, "eval_every": 4, "log_every": 2}
+    return TrainingConfig(lr=0.05, weight_decay=0.0, mixed_precision="no", cpu=True, wandb="off", **steps)
+
+
+def line(_=None) -> nn.Module:
+    return nn.Linear(3, 1)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_call_of_the_origin_leaves_all_it_promised(settings, tmp_path):
+    model = line()
+    trainer = Trainer(model=model, config=None, training_config=settings, task_spec=SPEC)
+    results = trainer.train(train_data=TRAIN, val_data=VAL)
+    summary = results["metrics_summary"]
+    assert results["final_loss"] < 0.5 * summary["val/loss"].iloc[0]
+    assert results["final_loss"] == summary["val/loss"].dropna().iloc[-1] == results["final"]["loss"]
+    assert summary["epoch"].iloc[-1] == 2 and results["training_time"] > 0 and results["run_name"].startswith("sums/")
+    # Training rows and validation rows keep their own columns, and the best epoch goes by the latter.
+    best = summary["val/loss"].iloc[1:].idxmin()
+    assert results["best_epoch"] == summary["epoch"][best]
+    assert not summary["train/loss"].dropna().equals(summary["val/loss"].dropna())
+
+    saved = torch.load(results["checkpoint_path"], weights_only=True)
+    assert saved["training_config"]["lr"] == 0.05 and saved["results"]["final_loss"] == results["final_loss"]
+    again = line()
+    again.load_state_dict(saved["model_state_dict"])
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with ExperimentDB(tmp_path / "runs" / "experiments.db") as db:
+        [run] = db.runs()
+        assert {"kind": "model", "path": "final_model.pt"} in db.artifacts(run["run_id"])
+        assert (run["script"], run["state"]) == ("sums", "finished")
+
+
+def test_validation_is_the_mean_over_items_whatever_the_batches(settings):
+    model = line()
+    x, y = (torch.stack(column) for column in zip(*VAL, strict=True))
+    results = Trainer(model, None, dataclasses.replace(settings, max_steps=3), SPEC).train(TRAIN, VAL)
+    with torch.no_grad():  # 21 items: two batches of 8 and one of 5
+        assert results["final"]["loss"] == pytest.approx((model(x) - y).square().mean().item(), rel=1e-5)
+        assert results["final"]["right"] == pytest.approx(((model(x) - y).abs() < 0.5).float().mean().item())
+
+
+def test_a_finished_run_gives_its_results_and_weights_again(settings, tmp_path):
+    settings = dataclasses.replace(settings, run_dir=tmp_path / "run", ema_decay=0.5)
+    first = Trainer(line, None, settings, SPEC).train(TRAIN, VAL)
+    model = line()
+    again = Trainer(model, None, settings, SPEC).train(TRAIN, VAL)
+    assert again["final_loss"] == first["final_loss"] and again["best_epoch"] == first["best_epoch"]
+    x, y = (torch.stack(column) for column in zip(*VAL, strict=True))
+    assert (model(x) - y).square().mean().item() == pytest.approx(first["final_loss"], rel=1e-5)  # the averaged ones
+
+
+def test_the_models_own_loss_is_scored_by_its_parts(settings):
+    spec = TaskSpec(name="next", input_fields=("tokens",), monitor="ce_loss", item_name="tokens")
+    results = Trainer(lambda _: ToyModel(), None, settings, spec).train(ToyTask().train, ToyTask().val)
+    assert results["final"].keys() == {"loss", "ce_loss", "energy_loss"}
+    assert results["final"]["ce_loss"] < math.log(CLASSES)
+
+
+def test_a_task_brings_its_data_and_hooks_are_the_engines(settings):
+    seen = []
+    hook = lambda trainer, row: seen.append(row["accuracy"])
+    results = Trainer(lambda _: ToyModel(), None, settings, ToyTask(), hooks=[hook]).train()
+    assert seen[-1] == results["final"]["accuracy"] and results["run_name"].startswith("ToyTask/")
+    assert results["final_loss"] == results["metrics_summary"]["train/loss"].dropna().iloc[-1]  # it scores no loss
+    with pytest.raises(ConfigError, match="brings its own data"):
+        Trainer(line, None, settings, ToyTask()).train(TRAIN, VAL)
+
+
+# ---- weights (defects 1, 2) ------------------------------------------------------------------------------------------
+
+
+def test_every_trial_of_a_factory_starts_from_the_same_fresh_weights(settings, capsys):
+    settings = dataclasses.replace(settings, max_steps=4)
+    losses = []
+    for lr in (0.05, 0.1, 0.05):
+        config = TrainingConfigBuilder.from_config(settings).with_training(learning_rate=lr).build()
+        losses.append(Trainer(line, None, config, SPEC).train(TRAIN, VAL)["metrics_summary"]["val/loss"])
+    assert losses[0][0] == losses[1][0] and losses[0].equals(losses[2]) and not losses[0].equals(losses[1])
+    assert "trained before" not in capsys.readouterr().out
+
+
+def test_a_model_that_was_trained_says_that_it_goes_on(settings, capsys):
+    trainer = Trainer(line(), None, dataclasses.replace(settings, max_steps=4), SPEC)
+    first = trainer.train(TRAIN, VAL)
+    assert "trained before" not in capsys.readouterr().out
+    second = trainer.train(TRAIN, VAL)
+    assert "trained before: this run goes on from them" in capsys.readouterr().out
+    assert second["metrics_summary"]["val/loss"][0] == first["final_loss"] and second["run_name"] != first["run_name"]
+
+
+# ---- settings (defects 1, 4, 9) --------------------------------------------------------------------------------------
+
+
+def test_the_builder_changes_copies_and_names_what_it_does_not_know():
+    begun = TrainingConfigBuilder.preset("quick_prototype")
+    config = begun.with_optimizer("sgd", learning_rate=0.1).with_scheduler("linear", warmup_steps=3).build()
+    assert config.diff(begun.build()) == {
+        "optimizer": ("sgd", "adamw"), "lr": (0.1, 3e-4), "schedule": ("linear", "cosine"), "warmup_steps": (3, 10)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"early_stoping_patience \(did you mean early_stopping_patience\?\)"):
+        begun.with_training(early_stoping_patience=3)
+    with pytest.raises(ConfigError, match=r"no preset prodution \(did you mean production\?\)"):
+        TrainingConfigBuilder.preset("prodution")
+    for name in ("baseline", "production"):
+        TrainingConfigBuilder.preset(name).build()
+
+
+def test_every_bad_value_is_named_at_once_also_those_that_only_python_lets_pass(settings):
+    with pytest.raises(ConfigError, match=r"optimizer must be one of adamw, (.|\n)*--schedule must be one of"):
+        TrainingConfigBuilder().with_optimizer("adamm").with_scheduler(True).build()
+    with pytest.raises(ConfigError, match=r"--lr must be more than 0(.|\n)*--ema_decay"):
+        Trainer(line, None, dataclasses.replace(settings, lr=0.0, ema_decay=1.0), SPEC)
+
+
+def test_the_factories_make_what_the_engine_uses(settings):
+    optimizer = OptimizerFactory.create(line(), dataclasses.replace(settings, optimizer="sgd"))
+    assert isinstance(optimizer, torch.optim.SGD)
+    rate = SchedulerFactory.create(dataclasses.replace(settings, schedule="linear", final_lr_ratio=0.0), total_steps=12)
+    assert [rate(0), rate(1), rate(7)] == pytest.approx([0.025, 0.05, 0.025])
+
+
+def test_the_schedule_counts_optimizer_steps_not_batches(settings):
+    rates = []
+    for micro in (8, 2):
+        config = dataclasses.replace(settings, micro_batch_size=micro, schedule="linear")
+        rates.append(Trainer(line, None, config, SPEC).train(TRAIN, VAL)["metrics_summary"]["train/lr"].dropna())
+    assert rates[0].equals(rates[1]) and rates[0].iloc[-1] < rates[0].iloc[0]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_ragged_items_are_padded_with_what_does_not_count():
+    spec = TaskSpec(name="tags", loss="cross_entropy")
+    items = [{"x": torch.tensor([1, 2, 3]), "labels": torch.tensor([0, 1, 0])}, {"x": [4], "labels": [1]}]
+    data = UniversalDataModule(spec, items, items)
+    batch = data.collate(items)
+    assert batch["x"].tolist() == [[1, 2, 3], [4, 0, 0]] and batch["labels"][1].tolist() == [1, -100, -100]
+    assert data.num_items(batch) == 4
+    logits = torch.randn(2, 3, 5)
+    alone = spec.summed_loss(logits[1:, :1], batch["labels"][1:, :1]) + spec.summed_loss(
+        logits[:1], batch["labels"][:1]
+    )
+    assert spec.summed_loss(logits, batch["labels"]) == pytest.approx(alone.item())
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: SPEC.summed_loss(torch.zeros(4, 1), torch.zeros(4)), r"shape \[4\], not \[4, 1\]"),
+        (lambda: UniversalDataModule(SPEC, TRAIN, None), "val_data has no items"),
+        (lambda: dataclasses.replace(SPEC, loss="model"), "metrics of sums need loss cross_entropy or mse"),
+        (lambda: UniversalDataModule(SPEC, [], VAL), "train_data has no items"),
+        (lambda: UniversalDataModule(SPEC, TRAIN, VAL).collate([([0.0], [1.0]), ([0.0], [1.0, 2.0])]), "one length"),
+    ],
+)
+def test_data_that_cannot_work_are_a_sentence(call, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        call()
+
+
+def test_the_best_epoch_is_trained_and_finite(make_run_folder):
+    losses = [(0, 0.1), (4, 0.5), (8, float("nan")), (12, 0.4), (16, 0.4)]
+    folder = make_run_folder("run", [{"step": s, "split": "val", "loss": v} for s, v in losses])
+    tracker = MetricsTracker(folder, steps_per_epoch=4)
+    assert tracker.get_best_epoch("loss", "min") == 3 and tracker.get_best_epoch("loss", "max") == 1
+    assert tracker.get_best_epoch("accuracy", "max") is None
+
+
+def test_a_database_that_fails_costs_no_result(settings, tmp_path, capsys):
+    (tmp_path / "broken.db").write_text("this is no database at all")
+    results = Trainer(line, None, dataclasses.replace(settings, max_steps=2, db="broken.db"), SPEC).train(TRAIN, VAL)
+    assert (tmp_path / results["checkpoint_path"]).exists() and "broken.db cannot be used" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(settings, tmp_path):
+    settings = dataclasses.replace(settings, run_dir=tmp_path / "cut", save_every=2)
+    whole = Trainer(line, None, dataclasses.replace(settings, run_dir=tmp_path / "whole"), SPEC).train(TRAIN, VAL)
+
+    def crash(trainer, row):
+        if row["step"] == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(line, None, settings, SPEC, hooks=[crash]).train(TRAIN, VAL)
+    assert read_json(tmp_path / "cut" / "run.json")["state"] == "failed"
+    assert Trainer(line, None, settings, SPEC).train(TRAIN, VAL)["final_loss"] == whole["final_loss"]
