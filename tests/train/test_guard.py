@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from train.engine import guard as guard_module
 from train.engine.guard import ENOUGH, WINDOW, Guard
 
 
@@ -37,9 +38,23 @@ def test_a_level_that_stays_high_is_news_once():
     assert verdicts[WINDOW] == 1.0 and sum(verdicts[2 * WINDOW :]) == 0
 
 
+def test_what_is_left_to_learn_of_a_nearly_solved_task_is_learned(monkeypatch):
+    losses = noisy(100) + [1e-4] * 300
+    losses[250::20] = [0.05] * len(losses[250::20])  # a hard batch now and then
+    losses[-1] = 1.5
+    bad = [i for i, verdict in enumerate(judge(Guard(torch.device("cpu")), losses)) if verdict]
+    assert bad == [len(losses) - 1]
+    monkeypatch.setattr(guard_module, "LEAST_OF_HIGHEST", 0.0)
+    assert sum(judge(Guard(torch.device("cpu")), losses)) > 5
+
+
 def test_its_state_goes_on_where_it_was():
     losses, first, second = noisy(60), Guard(torch.device("cpu")), Guard(torch.device("cpu"))
     judge(first, losses)
     second.load_state_dict(first.state_dict())
     rest = [g.verdict(60, torch.tensor(50.0), torch.tensor(1.0)).item() for g in (first, second)]
-    assert rest == [1.0, 1.0] and first.losses.nan_to_num().equal(second.losses.nan_to_num())
+    assert (
+        rest == [1.0, 1.0]
+        and first.highest.equal(second.highest)
+        and first.losses.nan_to_num().equal(second.losses.nan_to_num())
+    )
