@@ -5,12 +5,10 @@ Launch train/decoder_only.py, train/encoder_decoder.py or train/champion.py, or 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from models.arc_layers import ArcConfig, ArcModel
@@ -22,7 +20,7 @@ from tasks.arc.skills import HELD_OUT, SKILLS, TRAINED, SkillData
 from tasks.arc.task import ArcTask
 from train.arc_report import OriginNames, Report
 from train.engine import ConfigError, Results, Trainer, TrainingConfig, parse
-from train.engine.config import normalize, read_settings
+from train.engine.config import named_preset
 from train.engine.optim import OptimizerName, ScheduleName
 from train.engine.processes import process_state
 from train.engine.script import sentences
@@ -156,13 +154,7 @@ Run = TypeVar("Run", bound=ArcRun)
 
 def preset_of(config_class: type[Run], argv: Sequence[str]) -> Run:
     """The defaults that --preset names, on the command line or in --settings."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--settings", type=Path)
-    named, _ = parser.parse_known_args(normalize(argv))
-    name = named.preset
-    if name is None and named.settings is not None:
-        name = read_settings(config_class, named.settings).get("preset")
+    name = named_preset(config_class, argv)
     fields = {f.name for f in dataclasses.fields(config_class)}
     values = PRESETS.get(name or "trial69", {})  # a name that is not known, the parser refuses
     if name == "tenfold":

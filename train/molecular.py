@@ -13,13 +13,11 @@ flow has to beat. Everything is fp32 or better: an energy of a clash leaves no r
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,7 +34,7 @@ from tasks.molecule.potential import Potential
 from tasks.molecule.system import System, load_system
 from tasks.molecule.task import MoleculeTask, Transport, check_temperatures, identity, in_float64
 from train.engine import ConfigError, Results, Trainer, TrainingConfig, parse
-from train.engine.config import normalize, read_settings
+from train.engine.config import named_preset
 from train.engine.optim import ScheduleName
 from train.engine.order import order_of
 from train.engine.processes import process_state
@@ -144,13 +142,7 @@ class MoleculeRun(TrainingConfig):
 
 def preset_of(argv: Sequence[str]) -> MoleculeRun:
     """The defaults that --preset names, on the command line or in --settings."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--settings", type=Path)
-    named, _ = parser.parse_known_args(normalize(argv))
-    name = named.preset
-    if name is None and named.settings is not None:
-        name = read_settings(MoleculeRun, named.settings).get("preset")
+    name = named_preset(MoleculeRun, argv)
     return MoleculeRun(**PRESETS.get(name or MoleculeRun.preset, {}))  # a name that is not known, the parser refuses
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -217,6 +218,17 @@ def normalize(argv: Sequence[str]) -> list[str]:
         if name == "mixed_precision" and not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             out.append("auto")
     return out
+
+
+def named_preset(config_class: type[TrainingConfig], argv: Sequence[str]) -> str | None:
+    """What --preset says, on the command line or in --settings, before the flags can be read: it decides defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--settings", type=Path)
+    named, _ = parser.parse_known_args(normalize(argv))
+    if named.preset is not None or named.settings is None:
+        return named.preset
+    return read_settings(config_class, named.settings).get("preset")
 
 
 def read_settings(config_class: type[TrainingConfig], path: Path) -> dict[str, Any]:
