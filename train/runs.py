@@ -28,7 +28,7 @@ import yaml
 
 from train.engine import ConfigError
 from train.engine.config import ALIASES, differences, nearest
-from train.engine.experiments import ExperimentDB, Run, split_and_name
+from train.engine.experiments import ExperimentDB, Run
 from train.engine.record import database_of
 from train.engine.run_folder import provenance
 from train.engine.script import sentences
@@ -83,7 +83,7 @@ def diff(db: ExperimentDB, flags: argparse.Namespace) -> None:
 def best(db: ExperimentDB, flags: argparse.Namespace) -> None:
     run = db.best_run(flags.metric, mode_of(db, flags), script=flags.script, sweep=flags.sweep)
     if run is None:
-        split, name = split_and_name(flags.metric)
+        split, name = db.split_and_name(flags.metric, flags.script)
         raise ConfigError(f"no such run has a finite {split}/{name}{nearest(name, db.names(split))}")
     print(f"{run['name']}  {flags.metric} {run['score']:.6g} at step {run['score_step']}  {run['run_dir']}")
 
@@ -92,7 +92,7 @@ def plot(db: ExperimentDB, flags: argparse.Namespace) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(1, len(flags.metric), figsize=(6 * len(flags.metric), 4), squeeze=False)
     for axis, metric in zip(axes[0], flags.metric, strict=True):
-        split, name = split_and_name(metric)
+        split, name = db.split_and_name(metric)
         for run in map(db.get_run, flags.runs):
             points = [(r["step"], r[name]) for r in db.rows(run["run_id"]) if r["split"] == split and name in r]
             if not points:
@@ -162,7 +162,7 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def mode_of(db: ExperimentDB, flags: argparse.Namespace) -> str:
     """--mode; else what the runs say that monitor this score; else losses are the less the better."""
-    split, name = split_and_name(flags.metric)
+    split, name = db.split_and_name(flags.metric, flags.script)
     said = {run["mode"] for run in db.runs(flags.script, sweep=flags.sweep) if run["monitor"] == name}
     if flags.mode or len(said) == 1:
         return flags.mode or said.pop()

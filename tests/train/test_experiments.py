@@ -18,7 +18,7 @@ import torch
 
 from tests.toy import ToyTask
 from train.engine import ConfigError
-from train.engine.experiments import ExperimentDB, split_and_name
+from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
 from train.engine.record import database_of
 
@@ -305,12 +305,14 @@ def test_a_run_without_a_finite_score_is_never_the_best(db):
     assert [math.isnan(r["loss"]) or r["loss"] == math.inf for r in db.rows(1)] == [True, True]
 
 
-def test_a_metric_says_its_split():
+def test_a_metric_says_its_split(db):
     names = ("loss", "val_loss", "val/loss", "train_loss", "train/loss", "val/val_loss", "training")
-    assert [split_and_name(n) for n in names] == [
+    assert [db.split_and_name(n) for n in names] == [
         ("val", "loss"), ("val", "loss"), ("val", "loss"), ("train", "loss"), ("train", "loss"), ("val", "val_loss"),
         ("val", "training"),
     ]  # fmt: skip
+    db.log_metrics(begin(db), [val(1, val_loss=1.0)])
+    assert db.split_and_name("val_loss") == ("val", "val_loss") and db.split_and_name("train_loss") == ("train", "loss")
 
 
 def test_a_sweep_and_its_trials_keep_their_numbers(db, make_run_folder):

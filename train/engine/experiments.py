@@ -54,14 +54,6 @@ WAIT_SECONDS = 3.0  # for another writer: training stands still meanwhile
 Run = dict[str, Any]
 
 
-def split_and_name(metric: str) -> tuple[str, str]:
-    """val/loss, val_loss and loss are the validation's; train/loss and train_loss the training rows'."""
-    for split in ("val", "train"):
-        if metric.startswith((f"{split}/", f"{split}_")):
-            return split, metric[len(split) + 1 :]
-    return "val", metric
-
-
 class ExperimentDB:
     """The database at `path`, made where there is none. Every failure of SQLite's is a ConfigError.
 
@@ -278,9 +270,26 @@ class ExperimentDB:
             dict(row) for row in self._query("SELECT kind, path FROM artifacts WHERE run_id = ?", [self._number(run)])
         ]
 
-    def names(self, split: str) -> list[str]:
-        """Of all scores that rows of this split have."""
-        return [name for (name,) in self._query("SELECT DISTINCT name FROM metrics WHERE split = ?", [split])]
+    def names(self, split: str, script: str | None = None) -> list[str]:
+        """Of all scores that rows of this split have, of one script's runs or of all."""
+        where, values = _where(script, None, None)
+        found = self._query(
+            "SELECT DISTINCT m.name FROM metrics AS m JOIN runs USING (run_id) LEFT JOIN sweeps USING (sweep_id) "
+            f"WHERE m.split = ? AND {where}",
+            [split, *values],
+        )
+        return [name for (name,) in found]
+
+    def split_and_name(self, metric: str, script: str | None = None) -> tuple[str, str]:
+        """val/loss, val_loss and loss are the validation's, train/loss and train_loss the training rows'; but a score
+        that is itself called val_loss is meant where the script's runs have one."""
+        split, _, name = metric.partition("/")
+        if name and split in ("val", "train"):
+            return split, name
+        split, _, name = metric.partition("_")
+        if name and split in ("val", "train") and metric not in self.names("val", script):
+            return split, name
+        return "val", metric
 
     def best_run(
         self,
@@ -303,7 +312,7 @@ class ExperimentDB:
             "FROM runs LEFT JOIN sweeps USING (sweep_id) JOIN metrics AS m USING (run_id) "
             f"WHERE m.split = ? AND m.name = ? AND {COUNTS} AND {where} "
             f"ORDER BY m.value {'ASC' if mode == 'min' else 'DESC'}, run_id, m.step LIMIT 1",
-            [*split_and_name(metric), *values],
+            [*self.split_and_name(metric, script), *values],
         )
         return self._run(found[0]) if found else None
 
