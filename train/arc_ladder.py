@@ -29,7 +29,7 @@ from models.champion import LADDERS, Champion
 from tasks.compare import over_seeds, paired_difference
 from train.arc import ArcRun, data_of, make_task, preset_of, train
 from train.engine import ConfigError, Results, parse
-from train.engine.equal_steps import with_equal_steps
+from train.engine.equal_steps import cut_short, with_equal_steps
 from train.engine.processes import process_state
 from train.engine.run_folder import command_line, default_run_dir, write_json
 from train.engine.script import sentences
@@ -131,14 +131,18 @@ def report(run: LadderRun, root: Path, results: dict[str, list[Results]]) -> dic
                    for key in COLUMNS if all(key in r.report[part] for r in of)}
             for part in sets
         }  # fmt: skip
-        summary["experiments"][name] = {"parameters": parameters(model, config), "steps": of[0].steps, **scores}
+        summary["experiments"][name] = {
+            "parameters": parameters(model, config),
+            "steps": [r.steps for r in of],
+            **scores,
+        }
     summary["baselines"] = {k: v for k, v in results[run.experiments[0]][0].report["summary"].items() if ", " in k}
     summary["steps_up"] = {
         f"{better} over {other}": paired(root, better, other, seeds, "examples")
         for other, better in zip(run.experiments, run.experiments[1:], strict=False)
     }
     write_json(root / "results.json", summary)
-    lines = table(summary, sets)
+    lines = table(summary, sets) + cut_short({n: row["steps"] for n, row in summary["experiments"].items()})
     (root / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(["", *lines]), flush=True)
     return summary

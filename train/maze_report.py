@@ -16,6 +16,7 @@ from models.parity import flops, parameters
 from tasks.compare import holm, mcnemar, over_seeds, paired_difference, wilson
 from tasks.maze.score import floors, length_groups, start_distance
 from train.engine import Results
+from train.engine.equal_steps import cut_short
 from train.engine.run_folder import command_line, write_json
 from train.pictures import pyplot
 
@@ -61,7 +62,7 @@ def report(
         "command": command_line(),
     }
     write_json(root / "results.json", summary)
-    lines = table(summary)
+    lines = table(summary) + cut_short({name: row["steps"] for name, row in summary["models"].items()})
     (root / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(["", *lines, "", *test_lines(summary["tests"])]), flush=True)
     draw(root / "scores.png", summary)

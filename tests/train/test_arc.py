@@ -195,8 +195,9 @@ def test_the_ladder_sets_experiments_of_equal_steps_side_by_side(tmp_path):
     flags = ["--experiments", "encoder_decoder", "grid2d", "--seeds", "2", "--free_run", "0", "--run_dir", str(root)]
     summary = arc_ladder.main([*TINY, *flags])
     rows = summary["experiments"]
-    assert {row["steps"] for row in rows.values()} == {2} and set(summary["steps_up"]) == {
+    assert [row["steps"] for row in rows.values()] == [[2, 2], [2, 2]] and set(summary["steps_up"]) == {
         "grid2d over encoder_decoder"
     }
-    assert "± " in (root / "table.md").read_text(encoding="utf-8")
+    table = (root / "table.md").read_text(encoding="utf-8")
+    assert "± " in table and "equal steps" not in table
     assert arc_ladder.main([*TINY, *flags])["experiments"] == rows  # finished runs are read, not made again

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,3 +88,12 @@ def step_seconds(model: nn.Module, task: Any, config: TrainingConfig) -> float:
         synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times) * config.batch_size / len(items)
+
+
+def cut_short(steps: Mapping[str, Sequence[int]]) -> list[str]:
+    """A sentence for a table, where some runs of models by name made fewer steps than others: the clock ended them."""
+    most = max(max(of) for of in steps.values())
+    short = [f"{name} {', '.join(f'{n:,}' for n in of)}" for name, of in steps.items() if min(of) < most]
+    if not short:
+        return []
+    return [f"Not at equal steps: --max_minutes ended some runs before their {most:,} ({'; '.join(short)}). Give more."]
