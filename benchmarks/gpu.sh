@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, most valuable first: the tests marked gpu, then the ops, then the language models.
+# Everything that needs a GPU, most valuable first: the tests marked gpu, then the ops, the molecule and the language models.
 #   bash benchmarks/gpu.sh                       tables go to benchmarks/results
-#   bash benchmarks/gpu.sh FOLDER "ops tests"    to another folder, and only some of: tests ops language
+#   bash benchmarks/gpu.sh FOLDER "ops tests"    to another folder, and only some of: tests ops molecule language
 # Run it again after an interruption: what FOLDER has of the same sources is not done again. No command takes longer than
 # nine minutes. Needs torch, triton, numpy, huggingface_hub, pytest and transformers; neither tyro nor wandb nor deepspeed.
 # Peers that are not installed are rows that say so (pip install -e ".[bench]").
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
-parts=${2:-tests ops language}
+parts=${2:-tests ops molecule language}
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 sources=$(find benchmarks kernels models tasks tests -name '*.py' -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)
@@ -43,6 +43,10 @@ ops() {
   op masked_cross_entropy "C 144"
   op masked_cross_entropy "C 4096"
   op eigen_scan "T 65536"
+}
+
+molecule() {
+  once molecule python benchmarks/molecule.py --device cuda --batch 256 4096 65536 --csv "$out/molecule-gpu.csv"
 }
 
 lm() { once "language-$1" python benchmarks/language.py "$2" --device cuda --precision bf16 --csv "$out/language-$1.csv" "${@:3}"; }

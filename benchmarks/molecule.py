@@ -2,7 +2,7 @@
 
     python benchmarks/molecule.py --csv benchmarks/results/molecule-cpu.csv
     python benchmarks/molecule.py --threads 1 --batch 64 256
-    python benchmarks/molecule.py --device cuda --batch 256 4096 65536 --csv benchmarks/results/molecule-cuda.csv
+    python benchmarks/molecule.py --device cuda --batch 256 4096 65536 --csv benchmarks/results/molecule-gpu.csv
 
 A turn of ours is batches of conformations of ACE-ALA-NME; a turn of OpenMM's is what its users write, a loop in Python
 that sets positions and asks for energy and forces, or its own integrator in one simulation. All take turns, float32 as

@@ -251,10 +251,11 @@ def _multiscale_pool_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of weights; the latter is [0] where there are none, and only then may x be None."""
     grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    if weights is None or x is None:
+    if weights is None:
         for pool, mix, grad_part, out in _parts(scales, mode, None, reset, grad, grad_x):
             out.copy_(pool.mix_transposed(grad_part.to(mix.dtype), mix))
         return grad_x, grad.new_empty(0)
+    assert x is not None
     by_channel = torch.zeros(len(scales), grad.shape[-1], dtype=wide_dtype(grad.dtype), device=grad.device)
     for pool, mix, grad_part, x_part, out in _parts(scales, mode, weights, reset, grad, x, grad_x):
         wide = grad_part.to(mix.dtype)

@@ -39,8 +39,9 @@ class MLMUConfig(MazeConfig):
 class PathAttention(Attention):
     def forward(self, x: Tensor, cells: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """x [B, L, D] to itself; or, with cells [B, n, D], to these and to those of its own that are known [B, L]."""
-        if cells is None or known is None:
+        if cells is None:
             return super().forward(x)
+        assert known is not None, "a way beside cells says which of its own are known"
         n = cells.shape[1]
         together = torch.cat([cells, x], 1)
         q, k, v = self.qkv(together).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, n + L, C]

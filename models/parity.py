@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from models.maze_layers import MazeConfig
 from models.maze_transformer import MazeTransformerConfig
@@ -101,7 +101,7 @@ def _runs(config: MazeConfig) -> int:
         return config.R
     if isinstance(config, TRMConfig):
         return config.H_cycles * (config.L_cycles + 1)
-    return config.loops if isinstance(config, MazeTransformerConfig) else 1
+    return cast(MazeTransformerConfig, config).loops
 
 
 def _refines(config: MazeConfig) -> bool:

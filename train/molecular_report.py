@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tasks.cache import renamed
 from tasks.molecule import draw
 from tasks.molecule.estimates import over_groups
-from tasks.molecule.free_energy import basin_free_energy, free_energy_error, plane, profile, total_variation
-from tasks.molecule.observables import dihedral, ensemble_slope, gap_by_group, overlap
+from tasks.molecule.free_energy import basin_free_energy, free_energy_error, in_basin, plane, profile, total_variation
+from tasks.molecule.observables import acceptance_across, dihedral, ensemble_slope, gap_by_group, overlap
 from tasks.molecule.task import Mapped, MoleculeTask, Transport, in_float64
 from train.engine import Trainer
 from train.engine.checkpoint import load_weights
@@ -147,8 +147,9 @@ def best_of(trainer: Trainer, model: nn.Module) -> nn.Module:
 def test_scores(task: MoleculeTask, mapped: Mapped) -> dict[str, float]:
     """The task's scores, and how mapped frames are spread: free energies in kJ/mol at the cold temperature, of hot
     frames that were mapped and reweighted, set against those of the cold frames themselves."""
-    scores, cold, weights = task.scores(mapped), task.temperatures[0], mapped.log_ratios(task.betas)[1]
-    direct, again = torsions(task, mapped.cold), torsions(task, mapped.to_cold)
+    scores, cold, (forward, weights) = task.scores(mapped), task.temperatures[0], mapped.log_ratios(task.betas)
+    direct, again, hot = (torsions(task, x) for x in (mapped.cold, mapped.to_cold, mapped.hot))
+    scores["acceptance_across"] = acceptance_across(forward, weights, in_basin(direct[0]), in_basin(hot[0]))
     for name, truth, found in zip(("phi", "psi"), direct, again, strict=True):
         pair = profile(found, cold, weights).free_energy, profile(truth, cold).free_energy
         scores[f"{name}_error_max"], scores[f"{name}_error"] = free_energy_error(*pair)

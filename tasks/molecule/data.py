@@ -7,13 +7,11 @@ with are made of whole groups, and errors are estimated by drawing groups.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tasks.cache import cache_folder, kept_in, renamed
+from tasks.cache import cache_folder, kept_in, locked, renamed
 from tasks.molecule.dynamics import draw_velocities, langevin
 from tasks.molecule.estimates import tau_int
 from tasks.molecule.observables import dihedral
@@ -142,18 +140,19 @@ def make_data(
     )
     _on(recipe.ladder, temperatures)
     complete, limited = recipe.file(), recipe.file(max_seconds)
-    with kept_in(complete.parent):
-        complete.parent.mkdir(parents=True, exist_ok=True)  # first: a disk that refuses should do so before the work
-        with _locked(limited):
-            for file in dict.fromkeys((complete, limited)):  # what was made without haste serves who is in haste
-                if (kept := _read(file, progress)) is not None:
-                    return kept.at(temperatures)
-            watch = _Watch(recipe, max_seconds, progress)
-            try:
-                made = _simulate(system, potential, recipe, watch)
-            finally:
-                watch.close()
-            whole = made.x.shape[2] == recipe.frames and made.info["equilibration_ps"] >= equilibration_ps
+    with kept_in(complete.parent):  # first: a disk that refuses should do so before the work
+        complete.parent.mkdir(parents=True, exist_ok=True)
+    with locked(limited.with_suffix(".lock")):  # one process makes what several ask for
+        for file in dict.fromkeys((complete, limited)):  # what was made without haste serves who is in haste
+            if (kept := _read(file, progress)) is not None:
+                return kept.at(temperatures)
+        watch = _Watch(recipe, max_seconds, progress)
+        try:
+            made = _simulate(system, potential, recipe, watch)
+        finally:
+            watch.close()
+        whole = made.info["ps"] >= ps and made.info["equilibration_ps"] >= equilibration_ps
+        with kept_in(complete.parent):
             _write(complete if whole else limited, made)
     return made.at(temperatures)
 
@@ -272,14 +271,6 @@ class _Watch:
 
 
 # ---- keeping ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """One process makes what several ask for."""
-    with file.with_suffix(".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write(file: Path, data: Trajectories) -> None:

@@ -67,6 +67,11 @@ def free_energy_error(found: np.ndarray, truth: np.ndarray, limit: float = LIMIT
     return float(difference.max()), float(difference.mean())
 
 
+def in_basin(phi: np.ndarray, basin: tuple[float, float] = LEFT_HANDED) -> np.ndarray:
+    """Which φ, in rad, lie in it: bool of their shape."""
+    return (phi > basin[0]) & (phi < basin[1])
+
+
 def basin_free_energy(
     phi: np.ndarray,
     temperature: float,
@@ -76,7 +81,7 @@ def basin_free_energy(
     seed: int = 0,
 ) -> Estimate:
     """F(basin) - F(elsewhere) in kJ/mol, infinite where no frame is in it."""
-    inside = (phi > basin[0]) & (phi < basin[1])
+    inside = in_basin(phi, basin)
     weights = _weights([phi], log_weights)
     counts = np.stack([(weights * inside).sum(axis=1), (weights * ~inside).sum(axis=1)], axis=1)  # [G, 2]
     energies = _free_energy(resamples(len(counts), seed) @ counts, temperature)

@@ -12,20 +12,18 @@ Text that the stream's first 64 MiB hold out is the validation split; what is he
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from tasks.cache import kept_in, renamed
+from tasks.cache import kept_in, locked, renamed
 from tasks.text.cache import (
     VAL_FILE,
     TokenizedText,
@@ -158,7 +156,7 @@ class StreamedDataset:
         if number not in self._open:
             tokens = self._load(number, self._read_index())
             if tokens is None:
-                with self._locked():
+                with locked(self.folder / "lock"):
                     tokens = self._load(number, index := self._read_index())  # another process may have made it
                     while tokens is None:
                         self._make(min(number, len(index["sha256"])), index)
@@ -232,14 +230,6 @@ class StreamedDataset:
         except ValueError:
             say(True, f"{self.folder / INDEX_FILE} is not readable: reading {self.source.name} from its beginning")
         return {"starts": [BEGINNING], "sha256": [], "windows": None}
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with kept_in(self.folder):
-            file = (self.folder / "lock").open("a")
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 class _TokenReader:

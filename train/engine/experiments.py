@@ -262,7 +262,7 @@ class ExperimentDB:
 
     def metrics(self, run: int | str | Path) -> pandas.DataFrame:
         """`rows` as a table: step, split, and a column for each name."""
-        return _frame(self.rows(run))
+        return data_frame(self.rows(run))
 
     def artifacts(self, run: int | str | Path) -> list[dict[str, str]]:
         """kind and path of each."""
@@ -318,7 +318,7 @@ class ExperimentDB:
 
     def compare_runs(self, ids: Sequence[int | str | Path]) -> pandas.DataFrame:
         """A row for each run: the settings in which they differ, then its last validation scores."""
-        return _frame(self.comparison(ids))
+        return data_frame(self.comparison(ids))
 
     def comparison(self, ids: Sequence[int | str | Path]) -> list[dict[str, Any]]:
         """`compare_runs` without pandas."""
@@ -376,7 +376,8 @@ def _float(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _frame(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+def data_frame(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Raises ConfigError where pandas is not installed."""
     try:
         import pandas  # here, because only tables need it
     except ImportError as error:

@@ -22,7 +22,7 @@ from torch import nn
 
 from train.engine.checkpoint import load_weights
 from train.engine.config import ALIASES, ConfigError, TrainingConfig, nearest
-from train.engine.experiments import ExperimentDB, _frame
+from train.engine.experiments import ExperimentDB, data_frame
 from train.engine.metrics import Row, read_rows
 from train.engine.optim import OptimizerName, ScheduleName, learning_rate, make_optimizer
 from train.engine.record import database_of
@@ -119,7 +119,7 @@ class MetricsTracker:
         for row in self.rows:
             step = steps.setdefault(row["step"], {"step": row["step"], "epoch": row["step"] / self.steps_per_epoch})
             step |= {f"{row['split']}/{name}": v for name, v in row.items() if name not in ("step", "split")}
-        return _frame(list(steps.values()))
+        return data_frame(list(steps.values()))
 
     def get_best_epoch(self, metric: str, mode: str) -> float | None:
         """Where the validation's `metric` was best, in epochs from 0; as with checkpoints, after step 0 and finite."""
@@ -172,7 +172,7 @@ class Trainer:
         training where it has none), final (all last scores), checkpoint_path (final_model.pt), training_time in
         seconds, run_name. Exits with status 75 when a signal came, after saving.
         """
-        _frame([])  # without pandas there is no metrics_summary: now, not after hours
+        data_frame([])  # without pandas there is no metrics_summary: now, not after hours
         task = self._task(train_data, val_data)
         run_dir = self.training_config.run_dir or _new_folder(self._name)
         loop = TrainingLoop(self._for_the_loop(), dataclasses.replace(self.training_config, run_dir=run_dir), task)
