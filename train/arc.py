@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from models.arc_layers import ArcConfig, ArcModel
 from tasks.arc.augment import Augmentation
 from tasks.arc.formats import load_puzzles, split_by_sorted_id
-from tasks.arc.grid import Episode, Puzzle, leave_one_out, questions
+from tasks.arc.grid import MAX_SIZE, Episode, Puzzle, leave_one_out, questions
 from tasks.arc.leak import without_leaks
 from tasks.arc.skills import HELD_OUT, SKILLS, TRAINED, SkillData
 from tasks.arc.task import ArcTask
@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seed": 0,
     },
 }
+SKILL_SIZE = 10  # cells of the skills' grids each way, unless told
 TINY = {"skills": ("reflect", "colour_map"), "episodes": 8, "val_episodes": 2, "grid_size": 8, "free_run": 2}
 
 
@@ -73,8 +74,9 @@ class ArcRun(TrainingConfig):
     # Episodes of each skill to learn from, and of each in a validation set.
     episodes: int = 400
     val_episodes: int = 20
-    # Cells of the skills' grids each way, at most.
-    grid_size: int = 10
+    # Cells of grids each way, at most: of the skills' (10 unless given), or of the puzzles of --data and --val_data
+    # that are used (all unless given).
+    grid_size: int | None = None
     # Demonstrations that are shown.
     context_pairs: int = 2
     # Symmetries, colours, order of pairs and translation drawn anew for each item, as far as its rule allows.
@@ -104,9 +106,11 @@ class ArcRun(TrainingConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        for name in ("episodes", "val_episodes", "copies", "grid_size"):
+        for name in ("episodes", "val_episodes", "copies"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.grid_size is not None and not 1 <= self.grid_size <= MAX_SIZE:
+            found.append(f"--grid_size must be 1 to {MAX_SIZE}, not {self.grid_size}")
         for name in ("context_pairs", "free_run", "free_run_at_end"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")
@@ -171,6 +175,16 @@ def learnable(puzzles: Sequence[Puzzle]) -> list[Episode]:
     return [episode for episode in asked if episode.query.output is not None]
 
 
+def small_enough(puzzles: Sequence[Puzzle], side: int | None) -> list[Puzzle]:
+    """Puzzles none of whose grids has more than `side` rows or columns."""
+
+    def side_of(puzzle: Puzzle) -> int:
+        grids = (grid for pair in (*puzzle.train, *puzzle.test) for grid in pair if grid is not None)
+        return max(max(grid.shape) for grid in grids)
+
+    return [puzzle for puzzle in puzzles if side is None or side_of(puzzle) <= side]
+
+
 def data_of(run: ArcRun) -> dict[str, Sequence[Episode]]:
     """Episodes to learn from as "train", and sets of others by name, the first of them "val".
 
@@ -179,7 +193,7 @@ def data_of(run: ArcRun) -> dict[str, Sequence[Episode]]:
     if run.data is None:
         names = run.skills or TRAINED
         # As many demonstrations as are shown decide the answer. All of one seed: runs of any --seed have the same data.
-        size = {"max_size": run.grid_size, "demos": (2, max(2, run.context_pairs))}
+        size = {"max_size": run.grid_size or SKILL_SIZE, "demos": (2, max(2, run.context_pairs))}
         sets = {
             "train": SkillData("train", run.episodes, skills=names, **size),
             "val": list(SkillData("examples", run.val_episodes, skills=names, **size)),
@@ -194,8 +208,21 @@ def data_of(run: ArcRun) -> dict[str, Sequence[Episode]]:
     learned, leaking = without_leaks(learned, scored)
     if not learned:
         raise ConfigError(f"all puzzles of --data {run.data} are among those to be scored on; there is none to learn")
-    if leaking and process_state(run).is_main_process:
-        print(f"data        {len(leaking)} puzzles are not learned: they are, or show, puzzles to be scored on")
+    sizes = f"{len(learned)} and {len(scored)}"
+    learned, scored = small_enough(learned, run.grid_size), small_enough(scored, run.grid_size)
+    if not (learned and scored):
+        raise ConfigError(
+            f"--grid_size {run.grid_size} leaves {len(learned)} and {len(scored)} of {sizes} puzzles to learn and to "
+            "be scored on; give a larger one, or leave it out"
+        )
+    if process_state(run).is_main_process:
+        if leaking:
+            print(f"data        {len(leaking)} puzzles are not learned: they are, or show, puzzles to be scored on")
+        if run.grid_size is not None:
+            print(
+                f"data        {len(learned)} and {len(scored)} of {sizes} puzzles to learn and to be scored on are "
+                f"within {run.grid_size} x {run.grid_size}"
+            )
     solved = [episode for puzzle in scored for episode in questions(puzzle) if episode.query.output is not None]
     return {"train": learnable(learned), "val": solved or learnable(scored)}
 
@@ -216,8 +243,8 @@ def make_task(run: ArcRun, data: dict[str, Sequence[Episode]]) -> ArcTask:
         legacy_vocab=run.legacy,
         loss_on_input=getattr(run, "loss_on_input", False),
         free_run=run.free_run,
-        # No answer of a skill is larger, and a model that has not learned to stop is stopped the sooner.
-        **({"max_size": run.grid_size} if skills else {}),
+        # No answer is larger, and a model that has not learned to stop is stopped the sooner.
+        max_size=run.grid_size or (SKILL_SIZE if skills else MAX_SIZE),
         seed=run.seed,
     )
 

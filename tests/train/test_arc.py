@@ -111,6 +111,20 @@ def test_puzzles_are_split_by_sorted_id_and_none_is_learned_that_is_scored_on(tm
         data_of(dataclasses.replace(run, data=str(tmp_path / "all" / "2.json")))
 
 
+def test_grid_size_leaves_out_puzzles_with_larger_grids_in_learning_and_in_scoring(tmp_path, capsys):
+    for i in range(10):
+        small = puzzle(str(i), i)
+        tall = Pair(small.test[0].input, np.ones((7, 1), np.uint8))
+        write_puzzle(tmp_path / f"{i}.json", small._replace(test=(tall,)) if i in (3, 8) else small)
+    run = dataclasses.replace(preset_of(ChampionRun, []), data=str(tmp_path), grid_size=6)
+    data = data_of(run)
+    assert {e.id[0] for e in data["train"]} == set("0124567") and {e.id[0] for e in data["val"]} == {"9"}
+    assert "7 and 1 of 8 and 2 puzzles to learn and to be scored on are within 6 x 6" in capsys.readouterr().out
+    assert len({e.id for e in data_of(dataclasses.replace(run, grid_size=7))["train"]}) == 8 * 4
+    with pytest.raises(ValueError, match="leaves 0 and 0 of 8 and 2 puzzles"):
+        data_of(dataclasses.replace(run, grid_size=3))
+
+
 def test_who_wants_no_answers_gets_none(tmp_path):
     results = main(EncoderDecoderRun, [*TINY, "--free_run_at_end", "0", "--run_dir", str(tmp_path / "run")])
     assert "examples" not in results.report and not (tmp_path / "run" / "gallery.html").exists()
