@@ -61,7 +61,7 @@ class ICTransportConfig(TransportConfig):
 
 # Everything but the molecule and its temperatures.
 PRESETS = {
-    "base": {},
+    "base": {"num_layers": 1},
     "tiny": {"d_model": 16, "num_heads": 2, "num_layers": 1, "num_couplings": 4, "d_ff": 32},
 }
 
