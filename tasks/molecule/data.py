@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from tasks.molecule.estimates import tau_int
 from tasks.molecule.observables import dihedral
 from tasks.molecule.system import System
 from tasks.molecule.tempering import Tempering
+from tasks.reading import read_arrays
 
 VERSION = 1  # raise it with any change to what is simulated
 LADDER = (300.0, 450.0, 670.0, 1000.0)  # K; phi > 0 is reached within nanoseconds only from the hot end
@@ -284,10 +284,10 @@ def _read(file: Path, shown: bool) -> Trajectories | None:
     if not file.exists():
         return None
     try:
-        with np.load(file) as kept:
-            arrays = {name: kept[name] for name in ("x", "energies", "info")}
-            intact = _digest(arrays) == str(kept["sha256"])
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
+        *found, written = read_arrays(file, ("x", "energies", "info", "sha256"))
+        arrays = dict(zip(("x", "energies", "info"), found, strict=True))
+        intact = _digest(arrays) == str(written)
+    except ValueError:
         intact = False
     if not intact:
         if shown:

@@ -99,6 +99,38 @@ def ghmc(
     return x, v, accepted / steps
 
 
+def hmc(
+    potential: Any,
+    masses: np.ndarray,
+    x: Tensor,
+    temperature: float | Tensor,
+    steps: int,
+    *,
+    dt: float = 0.001,
+    noise: Tensor,
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One move of hybrid Monte Carlo (Duane et al. 1987): velocity Verlet from velocities drawn anew, taken or refused
+    as a whole.
+
+    Arguments as in `ghmc`, and what is random: standard normal `noise` [..., N, 3] and `uniform` [...] in [0, 1).
+    Returns the new x, its energies [...] in kJ/mol, and which conformations moved, bool [...].
+    """
+    per_mass, thermal = _scales(masses, temperature, x)
+    beta = 1 / (KB * torch.as_tensor(temperature, dtype=x.dtype, device=x.device))
+    energy, forces = potential.energy_and_forces(x)
+    v, y = thermal * noise, x.clone()
+    w = v.addcmul(forces, per_mass, value=dt / 2)
+    for _ in range(steps):
+        y.add_(w, alpha=dt)
+        new_energy, forces = potential.energy_and_forces(y)
+        w.addcmul_(forces, per_mass, value=dt)
+    w.addcmul_(forces, per_mass, value=-dt / 2)
+    kinetic = ((v.square() - w.square()) / (2 * per_mass)).sum((-2, -1))
+    taken = uniform < (beta * (energy - new_energy + kinetic)).exp()  # of an energy that is NaN never
+    return torch.where(taken[..., None, None], y, x), torch.where(taken, new_energy, energy), taken
+
+
 def draw_velocities(
     masses: np.ndarray,
     temperature: float | Tensor,

@@ -20,7 +20,14 @@ def read_pdb(path: str | Path, system: System) -> Tensor:
     Raises ValueError, in a sentence, for other atoms or another order, for D-alanine and for numbers that are not
     finite.
     """
-    read = _mdtraj().load_pdb(str(path))  # which knows AMBER's and older names of these atoms too
+    if not Path(path).is_file():  # mdtraj would look for some on the internet
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        read = _mdtraj().load_pdb(str(path))  # which knows AMBER's and older names of these atoms too
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # of what mdtraj doesn't expect it says whatever it trips over
+        raise ValueError(f"{path} is not a PDB file that can be read: {str(error).strip() or 'an odd line'}") from None
     _check_atoms(path, tuple(f"{atom.residue.name}-{atom.name}" for atom in read.topology.atoms), system.atoms)
     x = torch.from_numpy(read.xyz).double()
     return _checked(path, x, system)

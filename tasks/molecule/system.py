@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tasks.reading import parsed
+
 VERSION = 1  # of the format of the JSON
 ALA2 = Path(__file__).with_name("ala2.json")
 ALA2_CENTRE = (6, 8, 14, 10)  # N, CA, C and CB of the alanine, of which `is_l` asks the hand
@@ -112,20 +114,31 @@ class System:
 
 def load_system(path: str | Path = ALA2) -> System:
     """Read a molecule. Raises ValueError, in a sentence, for a file that is not one or does not fit together."""
+    content = parsed(Path(path).read_bytes(), path)
     try:
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         found = content.pop("version")
         if found != VERSION:
-            raise ValueError(f"{path} is of version {found}; this code reads {VERSION}: derive it anew")
+            raise ValueError(f"it is of version {found}; this code reads {VERSION}: derive it anew")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        fields = {name: table(**_arrays(content.pop(name))) for name, table in TABLES.items()}
-        fields |= {name: np.array(content.pop(name), dtype=float) for name in ARRAYS}
-        fields |= {name: tuple(content.pop(name)) for name in ("atoms", "elements", "soft", "phi", "psi")}
-        fields["zmatrix"] = tuple(map(tuple, content.pop("zmatrix")))
-        system = System(**content, **fields, hash=hashlib.sha256(text.encode()).hexdigest())
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a molecule of tasks/molecule/derive.py: {error!r}") from error
-    _check(system, path)
+        names = {name: tuple(content.pop(name)) for name in ("atoms", "elements")}
+        count = len(names["atoms"])
+        if len(names["elements"]) != count or not all(isinstance(n, str) for of in names.values() for n in of):
+            raise ValueError("atoms and elements must be as many names")
+        fields = {name: table(**_columns(name, content.pop(name), count)) for name, table in TABLES.items()}
+        for name in ARRAYS:
+            shape, wanted = (count, *(3,) * (name == "positions")), f"a finite row for each of {count} atoms"
+            fields[name] = _numbers(name, content.pop(name), shape, wanted)
+        fields["coulomb"] = float(_numbers("coulomb", content.pop("coulomb"), (), "a finite number"))
+        for name, length in (("soft", None), ("phi", 4), ("psi", 4)):
+            places = _numbers(name, content.pop(name), (length,), f"places below {count}", below=count)
+            fields[name] = tuple(places.tolist())
+        rows = _numbers("zmatrix", content.pop("zmatrix"), (None, 4), "rows of 4 atoms or -1", below=count, least=-1)
+        fields["zmatrix"] = tuple(map(tuple, rows.tolist()))
+        system = System(**content, **names, **fields, hash=hashlib.sha256(text.encode()).hexdigest())
+        _check(system)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        said = str(error) if type(error) is ValueError else repr(error)
+        raise ValueError(f"{path} is not a molecule of tasks/molecule/derive.py: {said}") from error
     return system
 
 
@@ -142,23 +155,55 @@ def beta(temperature: float) -> float:
     return 1 / (KB * temperature)
 
 
-def _arrays(table: dict[str, Any]) -> dict[str, Any]:
-    return {name: np.array(value) if isinstance(value, list) else value for name, value in table.items()}
+def _numbers(
+    name: str, value: Any, shape: tuple[int | None, ...], wanted: str, *, below: int | None = None, least: int = 0
+) -> np.ndarray:
+    """Finite float64 of a shape, None for any length, or int64 in [least, below). Raises ValueError for all else."""
+    try:
+        array = np.array(value)
+    except ValueError:  # rows of different lengths
+        array = np.array(None)
+    whole = below is not None or name.endswith("periodicity")
+    fits = len(array.shape) == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype.kind not in ("iu" if whole else "iuf") or not np.isfinite(array).all():
+        raise ValueError(f"{name} needs {wanted}")
+    if below is not None and not ((least <= array) & (array < below)).all():
+        raise ValueError(f"{name} needs {wanted}")
+    return array if whole else array.astype(float)
 
 
-def _check(system: System, path: str | Path) -> None:
-    count = system.num_atoms
-    for name in ARRAYS:
-        array = getattr(system, name)
-        if len(array) != count or not np.isfinite(array).all():
-            raise ValueError(f"{path}: {name} needs a finite row for each of {count} atoms")
+def _columns(name: str, table: dict[str, Any], count: int) -> dict[str, Any]:
+    """Of one of TABLES: a row for each term; of the solvent's for each atom, and its other fields are numbers."""
+    found: dict[str, Any] = {}
+    rows = count
+    if name != "gb":
+        width = {"angles": 3, "torsions": 4}.get(name, 2)
+        found["atoms"] = atoms = _numbers(
+            f"{name}.atoms", table["atoms"], (None, width), f"rows of {width} atoms", below=count
+        )
+        rows = len(atoms)
+        if not np.diff(np.sort(atoms, axis=1), axis=1).all():
+            raise ValueError(f"{name}.atoms has a row that names an atom twice")
+    for field, value in table.items():
+        if field in found:
+            continue
+        alone = name == "gb" and field not in ("radius", "scale")
+        wanted = "a finite number" if alone else f"a finite number for each of {rows} rows"
+        array = _numbers(f"{name}.{field}", value, () if alone else (rows,), wanted)
+        found[field] = float(array) if alone else array
+    return found
+
+
+def _check(system: System) -> None:
+    """Raises ValueError for signs that no molecule has, and for a z-matrix that does not place every atom once."""
+    dielectrics = system.gb.solvent_dielectric, system.gb.solute_dielectric
+    if min(*system.masses, *dielectrics) <= 0 or min(*system.sigma, *system.epsilon) < 0:
+        raise ValueError("masses and dielectric constants have to be above 0, sigma and epsilon not below")
     placed = {system.zmatrix[0][1]}
     for k, (atom, *refers) in enumerate(system.zmatrix):
         known = refers[: k + 1]
         if atom in placed or not placed.issuperset(known) or any(other != -1 for other in refers[k + 1 :]):
-            raise ValueError(
-                f"{path}: row {k} of the z-matrix refers to atoms that have no place yet, or has one already"
-            )
+            raise ValueError(f"row {k} of the z-matrix refers to atoms that have no place yet, or has one already")
         placed.add(atom)
-    if placed != set(range(count)):
-        raise ValueError(f"{path}: the z-matrix places {len(placed)} of {count} atoms")
+    if placed != set(range(system.num_atoms)):
+        raise ValueError(f"the z-matrix places {len(placed)} of {system.num_atoms} atoms")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tasks.molecule.data import Trajectories
+from tasks.molecule.dynamics import hmc
 from tasks.molecule.observables import log_ratio, swap_scores
 from tasks.molecule.potential import Potential
 from tasks.molecule.system import System, beta, is_l
@@ -64,6 +65,16 @@ class Pairs:
         return Pairs(self.x[:, :, frames], self.energies[:, :, frames])
 
 
+class Learned(Pairs):
+    """Pairs to learn from: of each also the number it was asked for by, i + e * len(pairs) in epoch e, from which it is
+    drawn anew (`MoleculeTask.moved_on`)."""
+
+    counted_on = True
+
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        return *super().__getitem__(i % len(self)), i
+
+
 class Mapped(NamedTuple):
     """Pairs, and where a map carries them: positions float64 [G, F, N, 3], everything else float64 [G, F] of NumPy."""
 
@@ -94,6 +105,9 @@ class MoleculeTask:
         trajectories: of `tasks.molecule.data`, at least three groups, with `temperatures` among theirs.
         temperatures: cold, hot, in K.
         eval_pairs: pairs of the validation groups that an evaluation maps, at most.
+        move_fs: femtoseconds of a move of hybrid Monte Carlo that a frame makes each time it is learned from, so that
+            what is seen in later epochs are other draws from the same ensembles. 0: frames as they are.
+        seed: of those moves.
 
     Attributes: `train`, `val`, `test` (`Pairs`), `betas` in mol/kJ, and `info`, which identifies the data.
     Raises ValueError for temperatures in the wrong order or that the data lack, and for data of another force field, of
@@ -111,24 +125,44 @@ class MoleculeTask:
         *,
         eval_pairs: int = 1024,
         eval_batch_size: int = 256,
+        move_fs: int = 0,
+        seed: int = 0,
     ) -> None:
         check_temperatures(*temperatures)
         self.system, self.potential, self.temperatures = system, potential, temperatures
         self.betas = tuple(beta(temperature) for temperature in temperatures)
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size, self.move_fs, self.seed = eval_batch_size, move_fs, seed
         data = trajectories.at(temperatures)
         check_frames(system, potential, data)
         groups = split_groups(len(data.x))
-        self.train, self.val, self.test = (Pairs(data.x[rows], data.energies[rows]) for rows in groups.values())
+        self.train, self.val, self.test = (
+            kind(data.x[rows], data.energies[rows])
+            for kind, rows in zip((Learned, Pairs, Pairs), groups.values(), strict=True)
+        )
         self.val = self.val.thinned(eval_pairs)
         self.info = {"task": f"molecule v{VERSION}", "molecule": system.name, "temperatures": list(temperatures)}
-        self.info |= {**data.info, "pairs": {name: len(getattr(self, name)) for name in groups}}
+        self.info |= {**data.info, "pairs": {name: len(getattr(self, name)) for name in groups}, "move_fs": move_fs}
 
-    def collate(self, items: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    def collate(self, items: list[tuple[Tensor, Tensor, Tensor, Tensor, int]]) -> dict[str, Tensor]:
         """cold, hot [B, N, 3] in nm and their energies [B] in kJ/mol, all float32: rounding moves an energy of some 100
         kJ/mol by 4e-6 at most, and the floor by 2e-6 nats."""
-        names = ("cold", "hot", "cold_energy", "hot_energy")
-        return {name: torch.stack(part).float() for name, part in zip(names, zip(*items, strict=True), strict=True)}
+        *columns, numbers = zip(*items, strict=True)
+        cold, hot, cold_energy, hot_energy = (torch.stack(column).float() for column in columns)
+        if self.move_fs:
+            x, energy = self.moved_on(torch.stack([cold, hot], 1), numbers)
+            (cold, hot), (cold_energy, hot_energy) = x.unbind(1), energy.unbind(1)
+        return {"cold": cold, "hot": hot, "cold_energy": cold_energy, "hot_energy": hot_energy}
+
+    def moved_on(self, x: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Frames [B, 2, N, 3] after a move each, a function of the item's number alone, and their energies [B, 2]."""
+        noise, uniform = torch.empty_like(x), torch.empty(len(x), 2)
+        for row, number in enumerate(numbers):
+            generator = torch.Generator().manual_seed(self.seed << 32 | number)
+            noise[row].normal_(generator=generator)
+            uniform[row].uniform_(generator=generator)
+        kelvin = torch.tensor(self.temperatures)
+        x, energy, _ = hmc(self.potential, self.system.masses, x, kelvin, self.move_fs, noise=noise, uniform=uniform)
+        return x - x.mean(-2, keepdim=True), energy
 
     @staticmethod
     def num_items(batch: dict[str, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ class DataOrder:
     """Epoch after epoch, each in an order of its own; a step that crosses an epoch's end takes from both.
 
     With a `block`, a divisor of `num_items`, only the items of a block change places: what streams comes by in order.
+    `counted_on`: item i is called i + e * num_items in epoch e, for items that are another each time they are drawn.
     """
 
-    def __init__(self, num_items: int, batch_size: int, seed: int, block: int | None = None) -> None:
-        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+    def __init__(
+        self, num_items: int, batch_size: int, seed: int, block: int | None = None, counted_on: bool = False
+    ) -> None:
+        self.num_items, self.batch_size, self.seed, self.counted_on = num_items, batch_size, seed, counted_on
         self.block = num_items if block is None else block
         if self.block < 1 or num_items % self.block:
             raise ValueError(f"block must divide the {num_items} items, got {self.block}.")
@@ -46,13 +49,16 @@ class DataOrder:
         if number != self._number:
             self._number = number
             self._permutation = np.random.default_rng([self.seed, int(number)]).permutation(self.block)
-            self._permutation += int(number) * self.block % self.num_items
+            first = int(number) * self.block
+            self._permutation += first if self.counted_on else first % self.num_items
         return self._permutation
 
 
 def order_of(task: Any, config: TrainingConfig) -> DataOrder:
-    """The order of the task's training items; a stream says as `shuffle_block` how far they may change places."""
-    return DataOrder(len(task.train), config.batch_size, config.seed, getattr(task.train, "shuffle_block", None))
+    """The order of the task's training items. A stream says as `shuffle_block` how far they may change places; items
+    that depend on the epoch say `counted_on`."""
+    block, counted_on = getattr(task.train, "shuffle_block", None), getattr(task.train, "counted_on", False)
+    return DataOrder(len(task.train), config.batch_size, config.seed, block, counted_on)
 
 
 class MicroBatches:
@@ -90,7 +96,7 @@ def _shield_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def windows(task: Any, sampler: MicroBatches, num_workers: int, pin_memory: bool) -> Iterator[list[dict]]:
+def windows(task: Any, sampler: MicroBatches, num_workers: int, pin_memory: bool) -> Generator[list[dict]]:
     """The micro-batches of one optimizer step after another, collated, on the CPU."""
     loader = DataLoader(
         task.train,
