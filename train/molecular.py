@@ -43,8 +43,8 @@ from train.engine.script import sentences
 from train.molecular_epochs import Epochs, OriginBar, banner
 from train.molecular_report import Report
 
-# The original's: temperatures, epochs, batch and learning rate. What sizes its models had is in models/. Only its batch of
-# 256 at 300 and 450 K is not: two CPU cores would make a few hundred steps of it in ten minutes.
+# The original's: temperatures, epochs, batch and learning rate. What sizes its models had is in models/. Not so the
+# first batch: it was 256, of which two CPU cores would make a few hundred steps in ten minutes.
 PRESETS: dict[str, dict[str, Any]] = {
     "aa_300_450": {"t_hot": 450.0, "epochs": 3000, "batch_size": 64, "lr": 5e-4},
     "aa_300_450_gpu": {"t_hot": 450.0, "epochs": 3000, "batch_size": 64, "lr": 5e-4},

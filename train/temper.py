@@ -41,7 +41,7 @@ from train.pictures import pyplot
 Mode = Literal["plain", "scaled", "flow"]
 MILLION = 1_000_000
 OKABE_ITO = ("#222222", "#E69F00", "#0072B2")
-ENDS = 2  # frames that a training pair has mapped, each with its forces
+ENDS = 2  # frames of a training pair, each mapped, and moved on before it is
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def spent_calls(folder: Path, mode: str) -> dict[str, int]:
     facts, settings = read_json(folder / "run.json")["data"], read_json(folder / "config.json")
     evaluations = sum(row["split"] == "val" for row in read_rows(folder / "metrics.jsonl"))
     steps = read_json(folder / "results.json")["steps"]
-    training = ENDS * (steps * settings["batch_size"] + evaluations * facts["pairs"]["val"])
+    moved = facts["move_fs"] + 1 if facts["move_fs"] else 0
+    training = ENDS * (steps * settings["batch_size"] * (1 + moved) + evaluations * facts["pairs"]["val"])
     return {
         "data": 0 if mode == "plain" else facts["energy_calls"],
         "training": training if mode == "flow" else 0,

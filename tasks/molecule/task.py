@@ -25,6 +25,7 @@ from tasks.molecule.system import System, beta, is_l
 VERSION = 1
 VAL_SHARE, TEST_SHARE = 1 / 8, 1 / 4  # of the groups
 CHECKED = 64  # frames whose energy is computed anew, to see that the data are of this force field
+SPREAD = 0x9E3779B1  # 2^32 by the golden ratio: the numbers of different seeds do not meet soon
 TOLERANCE = 1e-3  # kJ/mol; another force field is off by tens
 
 # x [B, N, 3] in nm, temperature in K that it is of, temperature to take it to -> y [B, N, 3], log|det dy/dx| [B]
@@ -157,7 +158,8 @@ class MoleculeTask:
         """Frames [B, 2, N, 3] after a move each, a function of the item's number alone, and their energies [B, 2]."""
         noise, uniform = torch.empty_like(x), torch.empty(len(x), 2)
         for row, number in enumerate(numbers):
-            generator = torch.Generator().manual_seed(self.seed << 32 | number)
+            # Of a seed PyTorch's generator on the CPU reads the last 32 bits.
+            generator = torch.Generator().manual_seed((self.seed * SPREAD + number) % 2**32)
             noise[row].normal_(generator=generator)
             uniform[row].uniform_(generator=generator)
         kelvin = torch.tensor(self.temperatures)

@@ -190,7 +190,7 @@ def test_modes_of_tempering_are_compared_at_equal_energy_calls(finished, tmp_pat
         assert budget <= of["calls"][-1] < budget + cycle and len(of["trips"]) == len(of["calls"])
         assert len(of["acceptance"]) == 2 and (sum(of["spent"].values()) > 0) == (name != "plain")
     # 6 steps of 4 pairs and 3 evaluations of 4, two frames each.
-    assert modes["flow"]["spent"]["training"] == 2 * (6 * 4 + 3 * 4)
+    assert modes["flow"]["spent"]["training"] == 2 * (6 * 4 * (1 + 3) + 3 * 4)
 
 
 def test_break_even_is_where_the_lines_cross():

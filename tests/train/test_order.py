@@ -21,6 +21,12 @@ def test_an_epoch_names_every_item_once_whatever_the_batch_size():
     assert (DataOrder(40, 40, seed=6).items(0) != stream[:40]).any()
 
 
+def test_items_that_are_drawn_anew_are_counted_on():
+    anew, again = DataOrder(40, 7, seed=5, counted_on=True), DataOrder(40, 7, seed=5)
+    stream, known = (np.concatenate([order.items(step) for step in range(12)]) for order in (anew, again))
+    assert (stream == known + 40 * (np.arange(84) // 40)).all()
+
+
 def test_the_order_of_a_step_needs_no_history():
     walked, jumped = DataOrder(40, 7, seed=0), DataOrder(40, 7, seed=0)
     for step in range(30):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.molecule.dynamics import draw_velocities, ghmc, langevin
+from tasks.molecule.dynamics import draw_velocities, ghmc, hmc, langevin
 from tasks.molecule.system import KB
 from tests.tasks.molecule.wells import MASSES, Wells, not_normal, seeded
 
@@ -102,3 +102,22 @@ def test_maxwell_velocities():
     assert v.shape == (5000, 2, 2, 3) and v.dtype == torch.float32
     assert not_normal(v[:, 1, 1], math.sqrt(KB * 600 / 16)) < 1.95
     assert not_normal(v[:, 0, 0], math.sqrt(KB * 300 / 1)) < 1.95
+
+
+def test_a_move_of_hybrid_monte_carlo_leaves_the_ensemble_as_it_is():
+    x, _, generator = start(4000)
+    control = x
+    for _ in range(6):
+        chance = {
+            "noise": torch.randn(x.shape, generator=generator, dtype=x.dtype),
+            "uniform": torch.rand(len(x), generator=generator, dtype=x.dtype),
+        }
+        x, energy, moved = hmc(WELLS, MASSES, x, KELVIN, 4, dt=0.02, **chance)
+        assert torch.equal(energy, WELLS(x)) and 0.3 < moved.double().mean() < 0.9
+        # What is never refused heats the wells up, and the same test sees it.
+        control, _, taken = hmc(WELLS, MASSES, control, KELVIN, 4, dt=0.02, **chance | {"uniform": 0 * energy})
+        assert taken.all()
+    for atom, std in enumerate(STDS):
+        assert not_normal(x[:, atom], std) < 1.95 < not_normal(control[:, atom], std)
+    stuck, _, taken = hmc(WELLS, MASSES, x, KELVIN, 300, dt=0.1, **chance)  # velocities without bound
+    assert not taken.any() and torch.equal(stuck, x)

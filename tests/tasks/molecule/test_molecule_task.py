@@ -51,7 +51,7 @@ def task(data):
 
 def test_an_item_is_a_frame_of_each_temperature_and_splits_share_no_group(task, data):
     assert [len(split) for split in (task.train, task.val, task.test)] == [5 * 6, 4, 2 * 6]
-    cold, hot, cold_energy, _ = task.train[13]
+    cold, hot, cold_energy, *_ = task.train[13]
     assert torch.equal(cold, data.x[2, 0, 1]) and torch.equal(hot, data.x[2, 2, 1])  # the third rung is the hot one
     assert cold_energy == data.energies[2, 0, 1] and torch.equal(task.train[13][0], cold)
     seen = [{x.sum().item() for x in split.ends().flatten(0, 1)} for split in (task.train, task.val, task.test)]
@@ -63,6 +63,41 @@ def test_an_item_is_a_frame_of_each_temperature_and_splits_share_no_group(task, 
     assert {t.dtype for t in batch.values()} == {torch.float32}
     count = task.num_items(batch)
     assert count == 3 and count.dtype == torch.int64 and count.dim() == 0
+
+
+class FreeWell:
+    """The well, wherever the molecule is."""
+
+    def __call__(self, x):
+        return self.energy_and_forces(x)[0]
+
+    @staticmethod
+    def energy_and_forces(x):
+        deviation = x - MINIMUM.to(x)
+        deviation = deviation - deviation.mean(-2, keepdim=True)
+        return STIFFNESS / 2 * deviation.square().sum((-2, -1)), -STIFFNESS * deviation
+
+
+def test_a_frame_moves_on_each_time_it_is_drawn_by_its_number_alone():
+    free = FreeWell()
+    data = frames()
+    data = dataclasses.replace(data, energies=free(data.x.double()))
+    still, moving, other = (
+        MoleculeTask(SYSTEM, free, data, TEMPERATURES, move_fs=fs, seed=seed) for fs, seed in ((0, 0), (5, 0), (5, 1))
+    )
+    count = len(moving.train)
+
+    def batch(task, *numbers):
+        return task.collate([task.train[i] for i in numbers])
+
+    whole = batch(moving, 7, 8, count + 7)  # none of them was refused
+    for name, of_whole in whole.items():
+        assert torch.equal(of_whole[:2], batch(moving, 7, 8)[name])
+        for later in (of_whole[2:], batch(other, 7)[name], batch(still, 7)[name]):
+            assert not torch.allclose(of_whole[:1], later)
+        assert torch.equal(batch(still, 7)[name], batch(still, count + 7)[name])
+    for end in ("cold", "hot"):
+        torch.testing.assert_close(whole[f"{end}_energy"], free(whole[end]), rtol=1e-4, atol=1e-3)
 
 
 def test_groups_are_split_whole(task):
