@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+TransformerManager = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +43,34 @@ def test_it_is_valid_installs_itself_and_holds_no_output(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "%pip install" in code[0].source
     assert not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def installed(path: Path, folder: Path, monkeypatch, address: str = "") -> str:
+    """What the first cell hands to pip where no package of ours is to be had."""
+    [source, *_] = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("TENFOLD_REPOSITORY", address)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    scope, calls = {}, []
+    magic = lambda name, line: calls.append(f"{name} {line.replace('$source', scope['source'])}")
+    scope["get_ipython"] = lambda: SimpleNamespace(run_line_magic=magic)
+    exec(TransformerManager().transform_cell(source), scope)
+    [call] = calls
+    return call
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_installs_itself_from_an_address_or_from_where_it_lies_or_says_what_it_lacks(path, tmp_path, monkeypatch):
+    within = tmp_path / "clone" / "notebooks"
+    for folder in (within, within.parent / "train" / "engine"):
+        folder.mkdir(parents=True)
+    assert installed(path, within, monkeypatch) == f'pip install -q -e "{within.parent}[notebook]"'
+    assert sys.path[-1] == str(within.parent)
+    from_address = installed(path, tmp_path, monkeypatch, "https://host/tenfold")
+    assert from_address == 'pip install -q "tenfold[notebook] @ git+https://host/tenfold"'
+    with pytest.raises(SystemExit, match="set REPOSITORY to the address"):
+        installed(path, tmp_path, monkeypatch)
 
 
 def test_there_are_two():

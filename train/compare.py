@@ -19,10 +19,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -34,10 +32,11 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from train.children import end, environment, held
 from train.compare_report import report
 from train.engine.config import ConfigError, nearest, normalize
 from train.engine.metrics import read_rows
-from train.engine.run_folder import ROOT, read_json, write_json
+from train.engine.run_folder import read_json, write_json
 from train.engine.script import sentences
 from train.engine.signals import EXIT_INTERRUPTED, Signals
 
@@ -49,7 +48,7 @@ OURS = ("run_dir", "resume", "seed", "seeds", "max_steps", "max_minutes", "epoch
 REACH = math.sqrt(10)  # of a grid whose ends aren't given, beyond the candidates' own values
 MOST_SEEDS = 16  # the test over seeds goes through all 2^seeds ways to swap them
 LEAST_FLOPS = 5e10  # a step's FLOPs are printed in steps of 1e9: below this they would be wrong by more than 1 %
-POLL, TO_SAVE = 0.2, 60.0  # seconds: between looks at a run, and that it has to save itself
+POLL = 0.2  # seconds between looks at a run
 SPEC = "comparison.json"
 
 
@@ -143,7 +142,7 @@ def candidates_of(config: CompareConfig, extra: Sequence[str]) -> list[Candidate
 
 def _ask(name: str, *words: str) -> str:
     """What a script prints. Raises ConfigError with its own sentence where it refuses."""
-    asked = subprocess.run([sys.executable, *words], env=_environment(), capture_output=True, text=True)
+    asked = subprocess.run([sys.executable, *words], env=environment(), capture_output=True, text=True)
     if asked.returncode and "--plan" not in words:
         raise ConfigError(f"{name} is refused: {asked.stderr.strip().removeprefix('error: ') or 'no reason given'}")
     return asked.stdout
@@ -197,10 +196,6 @@ def prepare(folder: Path, spec: dict[str, Any]) -> None:
         )
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-
-
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +208,7 @@ class Runs:
 
     def run(self, candidate: Candidate, folder: Path, *flags: str) -> dict[str, Any] | None:
         """What came of a run, from its folder where it has ended before; None if it diverged. Raises ConfigError."""
+        end(folder)  # what a comparison that was killed left running
         if not (folder / "results.json").exists() and not _diverged(folder):
             print(f"{folder}: {candidate.name} {shlex.join(flags)}", flush=True)
             self._train(candidate, folder, flags)
@@ -233,13 +229,11 @@ class Runs:
     def _train(self, candidate: Candidate, folder: Path, flags: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         words = [*LAUNCH, candidate.script, *candidate.flags, *candidate.limit, "--epochs", "None", *flags]
+        words.append(f"--run_dir={folder}")
         with (folder / "log.txt").open("ab") as log:
-            begin = log.tell()
-            words += ["--run_dir", str(folder)]
-            # In a session of its own, so that a signal reaches what trains as well as its launcher.
-            process = subprocess.Popen(
-                words, env=_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            begin, out = log.tell(), {"stdout": log, "stderr": subprocess.STDOUT}
+            # In a session of its own: what a terminal sends comes to us, and a run is told to stop once.
+            process = subprocess.Popen(words, env=environment(), start_new_session=True, **out)
         try:
             while process.poll() is None:
                 time.sleep(POLL)
@@ -247,7 +241,8 @@ class Runs:
                 if self.signals.received:
                     raise SystemExit(EXIT_INTERRUPTED)
         finally:
-            _end(process)
+            end(folder)
+            process.wait()
         if not (folder / "results.json").exists() and not _diverged(folder):
             said = (folder / "log.txt").read_bytes()[begin:].decode(errors="replace").strip().splitlines()
             why = next((line for line in said if line.startswith("error: ")), (said or ["it said nothing"])[-1])
@@ -301,17 +296,6 @@ def _diverged(folder: Path) -> bool:
     return own is not None and read_json(own / "run.json").get("error", "").startswith("TrainingBroken")
 
 
-def _end(process: subprocess.Popen) -> None:
-    """End what still runs; it saves itself first."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(TO_SAVE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -321,8 +305,8 @@ def compare(config: CompareConfig, extra: Sequence[str]) -> dict[str, Any]:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = (config.compare_dir or Path("runs/compare") / stamp).resolve()
     spec = {n: v for n, v in asdict(config).items() if n != "compare_dir"}
-    prepare(folder, spec | {"extra": list(extra), "values": values})
-    with Signals() as signals:
+    with held(folder, "compare"), Signals() as signals:
+        prepare(folder, spec | {"extra": list(extra), "values": values})
         try:
             runs = Runs(signals)
             tuning: dict[str, list] = {c.name: [] for c in candidates}

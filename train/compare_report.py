@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tasks.compare import holm, mcnemar, over_seeds, paired_difference
 from train.engine.run_folder import command_line, write_json
-from train.pictures import pyplot
 
 Runs = dict[str, list[dict[str, Any]]]  # by candidate, one after another
 
@@ -213,10 +212,11 @@ def sentences_of(summary: dict[str, Any]) -> list[str]:
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """What was tuned, if anything; the learning curves of the runs that count; their last scores, mean and interval."""
-    plt = pyplot()
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
     panels = 2 + bool(summary["tuned"])
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4), layout="constrained")
-    *tune, curves, last = axes
+    figure = Figure(figsize=(4.6 * panels, 4), layout="constrained")
+    *tune, curves, last = figure.subplots(1, panels)
     by_time = re.fullmatch(r"[\d.e+]+[smh]", summary["budget"]) is not None
     for number, (name, row) in enumerate(summary["candidates"].items()):
         color = f"C{number}"
@@ -237,4 +237,3 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
     last.set_xticks(range(len(summary["candidates"])), list(summary["candidates"]), rotation=15)
     last.set(title=f"last {summary['monitor']}: seeds, mean ± 95 %", xlim=(-0.5, len(summary["candidates"]) - 0.3))
     figure.savefig(file, dpi=110)
-    plt.close(figure)

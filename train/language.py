@@ -137,7 +137,7 @@ class LanguageConfig(TrainingConfig):
             found.append(f"--energy_reg_weight must not be negative, not {self.energy_reg_weight}")
         if self.use_8bit_optim and self.optimizer not in (None, "adamw8bit"):
             found.append(f"--use_8bit_optim is --optimizer adamw8bit, and --optimizer {self.optimizer} is given too")
-        if self.hten_scales is not None and not all(s.strip().isdigit() for s in self.hten_scales.split(",")):
+        if self.hten_scales is not None and not all(s.strip().isdecimal() for s in self.hten_scales.split(",")):
             found.append(f"--hten_scales must be whole numbers with commas between, as 1,2,4, not {self.hten_scales!r}")
         sources = [n for n in ("data", "dataset") if getattr(self, n)]
         if len(sources) == 2:

@@ -26,6 +26,7 @@ from train.report_page import chart, code, details, grid, page, paragraph, pictu
 ASIDE = ("grad_norm", "lr", "items_per_second")
 NO_CHART = ("step", "split", "elapsed", "skipped")
 MOST_SAMPLES, MOST_CHARACTERS = 3, 4000  # the newest samples of a run, and of each
+MOST = 1e300  # of a number in a chart, whose ends must not lie further apart than float64 reaches
 MOST_RUNS_IN_FULL = 12  # beyond, pictures would make a page of hundreds of megabytes
 
 
@@ -47,18 +48,34 @@ class Run:
         try:
             config, facts = read_json(folder / "config.json"), read_json(folder / "run.json")
             found = read_rows(rows) if rows.exists() else []
-            return cls(name, folder, config, facts, found, read_json(results) if results.exists() else {})
-        except (OSError, ValueError) as error:
+            run = cls(name, folder, config, facts, found, read_json(results) if results.exists() else {})
+            run.check()
+            return run
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"the run in {folder} is damaged: {error}") from error
+
+    def check(self) -> None:
+        """Raises ValueError where a file holds JSON, but not what a run writes there."""
+        for file in ("config", "facts", "results"):
+            if not isinstance(getattr(self, file), dict):
+                raise ValueError(f"its {file} are no names with values")
+        tables = {name: self.results.get(name) or {} for name in ("final", "best", "report")}
+        texts = {name: self.facts.get(name) or "" for name in ("command", "monitor", "state", "started")}
+        for values, kind in ((tables, dict), (texts, str)):
+            for name, value in values.items():
+                if not isinstance(value, kind):
+                    raise ValueError(f"{name} cannot be {value!r}")
 
     @property
     def state(self) -> str:
-        state = self.facts.get("state", "running")
+        state = self.facts.get("state") or "running"
         return "dead" if state == "running" and not is_held(self.folder) else state
 
     def points(self, split: str, name: str) -> list[tuple[float, float]]:
         return [
-            (r["step"], r[name]) for r in self.rows if r["split"] == split and isinstance(r.get(name), (int, float))
+            (r["step"], r[name])
+            for r in self.rows
+            if r["split"] == split and isinstance(r.get(name), (int, float)) and abs(r[name]) < MOST
         ]
 
     def names(self, split: str) -> list[str]:
@@ -92,7 +109,7 @@ def scores(runs: Sequence[Run]) -> str:
     """A line for each run: state, steps, the best of what it monitors, last validation scores, speed."""
     rows = []
     for run in runs:
-        monitor, results = run.facts.get("monitor", "loss"), run.results
+        monitor, results = run.facts.get("monitor") or "loss", run.results
         last = next((r for r in reversed(run.rows) if r["split"] == "val"), {})
         final = results.get("final") or {n: v for n, v in last.items() if n not in NO_CHART}
         row = {"run": run.name, "state": run.state, "step": run.rows[-1]["step"] if run.rows else 0}
@@ -107,7 +124,7 @@ def baselines(runs: Sequence[Run]) -> str:
     rows = [
         {"run": run.name, **{n: v for n, v in of.items() if not isinstance(v, (dict, list))}}
         for run in runs
-        if isinstance(of := run.results.get("report", {}).get("baselines"), dict) and of
+        if isinstance(of := (run.results.get("report") or {}).get("baselines"), dict) and of
     ]
     return section("Baselines", table(rows)) if rows else ""
 
@@ -147,7 +164,7 @@ def pairs(values: dict[str, Any], prefix: str = "") -> list[dict[str, Any]]:
 
 def one_run(run: Run) -> str:
     """Command, facts, results, pictures and samples of a run."""
-    parts = [code(run.facts.get("command", "")), details("Facts", table(pairs(run.facts)))]
+    parts = [code(run.facts.get("command") or ""), details("Facts", table(pairs(run.facts)))]
     if run.results:
         parts.append(details("Results", table(pairs(run.results))))
     pictures = [*sorted(run.folder.glob("plots/*.png")), *sorted(run.folder.glob("*.png"))]
@@ -210,7 +227,8 @@ def report(folders: Sequence[Path], output: Path | None = None) -> Path:
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     commit = runs[0].facts.get("git_commit") or "no commit"
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, page(title, f"{runs[0].facts.get('started', '')} · {commit}", parts))
+    text = page(title, f"{runs[0].facts.get('started', '')} · {commit}", parts)
+    write_whole(output, text.encode("utf-8", "replace").decode())  # JSON can spell what UTF-8 can't
     return output
 
 

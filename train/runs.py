@@ -184,6 +184,13 @@ def without_folder(command: str) -> list[str]:
     return kept
 
 
+def natural(text: str) -> int:
+    """A number that is not negative. Raises argparse's error, which becomes a sentence."""
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"give a whole number, 0 or more, not {text!r}")
+    return int(text)
+
+
 def open_database(flags: argparse.Namespace) -> ExperimentDB:
     """The one that --db names, or that the first RUN's folder belongs to, or runs/experiments.db."""
     named = [getattr(flags, name) for name in ("run", "a") if hasattr(flags, name)] or getattr(flags, "runs", [])
@@ -208,12 +215,14 @@ def parser() -> argparse.ArgumentParser:
 
     def filters(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--script", help="only runs of this script: nano, maze, …")
-        sub.add_argument("--sweep", type=lambda s: int(s) if s.isdigit() else s, help="only trials of this sweep")
+        sub.add_argument(
+            "--sweep", type=lambda s: int(s) if s.isdecimal() and len(s) < 19 else s, help="only trials of this sweep"
+        )
 
     sub = command("list", list_runs, "the newest runs, their states and best scores")
     filters(sub)
     sub.add_argument("--state", choices=("running", "finished", "interrupted", "failed", "dead"))
-    sub.add_argument("--limit", type=int, default=20, help="at most so many (default 20)")
+    sub.add_argument("--limit", type=natural, default=20, help="at most so many (default 20)")
     command("show", show, "all that is known of a run").add_argument("run")
     command("compare", compare, "settings that differ, and last scores").add_argument("runs", nargs="+")
     sub = command("diff", diff, "settings, commit and versions that differ")

@@ -16,14 +16,12 @@ experiment database, and prints a line of JSON at the very end.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,10 +30,11 @@ import torch
 import tyro
 import yaml
 
+from train.children import environment, held
 from train.engine.config import ALIASES, TrainingConfig
 from train.engine.metrics import has_wandb_credentials
 from train.engine.record import database_of
-from train.engine.run_folder import ROOT, read_json, write_json
+from train.engine.run_folder import read_json, write_json
 from train.engine.script import sentences
 from train.engine.signals import EXIT_INTERRUPTED, Signals
 from train.sweep_space import COMMAND, Sweep, nearest
@@ -127,10 +126,9 @@ def _ask(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
-def environment(worker: int = 0, workers: int = 1) -> dict[str, str]:
-    """Of a process that is started here: it finds our packages where they aren't installed, and its share of GPUs."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+def of_worker(worker: int, workers: int) -> dict[str, str]:
+    """The environment with this worker's share of the GPUs."""
+    env = environment()
     if torch.cuda.is_available():
         visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         env["CUDA_VISIBLE_DEVICES"] = ",".join(share(visible.split(","), worker, workers))
@@ -167,18 +165,6 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from flat(inner, key if name in ("", "spec") else f"{name}.{key}")
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The sweep's folder for this process alone, by a lock that dies with it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another sweep runs in {folder}; wait for it, or give another --sweep_dir") from error
-        yield
-
-
 def fill_queue(folder: Path, points: list[dict[str, Any]]) -> None:
     """Queue every trial that is neither waiting nor running nor scored: at first all of them, later what failed."""
     study, last = open_study(folder), {}
@@ -196,7 +182,7 @@ def fill_queue(folder: Path, points: list[dict[str, Any]]) -> None:
 
 def start_worker(folder: Path, index: int, workers: int) -> subprocess.Popen:
     words = [sys.executable, "-m", "train.sweep_worker", str(folder), str(index), str(workers)]
-    return subprocess.Popen(words, env=environment(index, workers))
+    return subprocess.Popen(words, env=of_worker(index, workers))
 
 
 def run_workers(folder: Path, workers: int, recorder: Recorder) -> int:
@@ -234,7 +220,7 @@ def start_agents(config: SweepConfig, sweep: Sweep, extra: Sequence[str]) -> int
         spec["run_cap"] = config.trials
     name = wandb.sweep(spec, project=project, entity=sweep.spec.get("entity"))
     words = [sys.executable, "-m", "wandb", "agent", "--project", project, name]
-    agents = [subprocess.Popen(words, env=environment(i, config.workers)) for i in range(config.workers)]
+    agents = [subprocess.Popen(words, env=of_worker(i, config.workers)) for i in range(config.workers)]
     return max(agent.wait() for agent in agents)
 
 
@@ -263,7 +249,7 @@ def search(config: SweepConfig, extra: Sequence[str]) -> int:
     db = database_of(run_dir_of(folder, 0), config.db)
     about = {"spec": sweep.spec, "backend": backend, "seed": config.seed, "extra": list(extra), "grace": config.grace}
     about["db"] = "off" if db is None else str(db.resolve())
-    with held(folder):
+    with held(folder, "sweep"):
         prepare(folder, about, check=lambda: check_flags(sweep, config.file, extra))
         fill_queue(folder, points)
         recorder = Recorder(folder, db)

@@ -123,26 +123,29 @@ def draw(folder: Path, found: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_importance(file: Path, importances: dict[str, float], metric: str) -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
     names = list(importances)[::-1]
-    figure, axis = plt.subplots(figsize=(6, 1 + 0.4 * len(names)), layout="constrained")
+    figure = Figure(figsize=(6, 1 + 0.4 * len(names)), layout="constrained")
+    axis = figure.subplots()
     axis.barh(names, [importances[name] for name in names])
     axis.set(title=f"what decides {metric}", xlabel="importance (PED-ANOVA)", xlim=(0, 1))
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def draw_parallel(file: Path, found: list[dict[str, Any]], names: list[str], sweep: Sweep) -> None:
     """A line for each trial through its values, on an axis for each flag and one for the metric; dark is better."""
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     parameters = {p.name: p for p in sweep.parameters}
     names = [*names, sweep.metric]
-    figure, axis = plt.subplots(figsize=(2 + 1.8 * len(names), 4), layout="constrained")
+    figure = Figure(figsize=(2 + 1.8 * len(names), 4), layout="constrained")
+    axis = figure.subplots()
     for rank, row in reversed(list(enumerate(found))):
         heights = [place(row[n], [r[n] for r in found], n in parameters and parameters[n].log) for n in names]
-        axis.plot(heights, color=plt.cm.viridis(rank / max(1, len(found) - 1)), linewidth=2.5 if rank == 0 else 1.0)
+        color = colormaps["viridis"](rank / max(1, len(found) - 1))
+        axis.plot(heights, color=color, linewidth=2.5 if rank == 0 else 1.0)
     for x, name in enumerate(names):
         values = [row[name] for row in found]
         axis.axvline(x, color="black", linewidth=0.6)
@@ -151,7 +154,6 @@ def draw_parallel(file: Path, found: list[dict[str, Any]], names: list[str], swe
             axis.annotate(_text(value), (x, height), (4, 0), textcoords="offset points", fontsize=8, va="center")
     axis.set(xticks=range(len(names)), xticklabels=names, yticks=[], title=f"{len(found)} trials")
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def _named(values: list[Any]) -> bool:

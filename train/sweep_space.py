@@ -33,6 +33,8 @@ COMMAND = ["${env}", "accelerate", "launch", "${program}", "${args_no_boolean_fl
 BACKENDS = {"grid": "grid", "random": "random", "bayes": "optuna"}  # what W&B calls them, and what we do
 GOALS = ("minimize", "maximize")
 HYPERBAND = {"type", "min_iter", "max_iter", "s", "eta", "strict"}
+MOST = 2**53  # of a number in a file: beyond it float64 skips whole numbers
+MOST_POINTS = 1_000_000  # of an axis of a grid, which is held in memory
 # Of a distribution that has no ends: what a normal number exceeds once in half a billion draws.
 SIGMAS = 6.0
 # The keys that each distribution needs and those that it may have, by the name that W&B gives it without its q_.
@@ -86,14 +88,13 @@ class Parameter:
         """Every value there is. Raises ValueError where they cannot be counted."""
         if self.choices:
             return list(self.choices)
-        if self.integer:
-            return list(range(int(self.low), int(self.high) + 1))
-        if self.q is None or self.shape != "uniform" or self.log:
+        step = 1 if self.integer else self.q
+        endless = step is None or self.shape != "uniform" or self.log
+        if endless or not (self.high - self.low) / step < MOST_POINTS:
             raise ValueError(
                 f"{self.name} has no end of values, and a grid needs a list: give it `values`, or take --backend random"
             )
-        steps = range(round(self.low / self.q), round(self.high / self.q) + 1)
-        return [step * self.q for step in steps]
+        return [number * step for number in range(round(self.low / step), round(self.high / step) + 1)]
 
     def suggest(self, trial: optuna.Trial) -> Any:
         """The study's value for a trial, not yet `rounded`; the queue's where it has one."""
@@ -160,17 +161,41 @@ def _choice(name: str, spec: dict[str, Any]) -> Parameter:
     if len(set(map(repr, values))) < len(values):
         raise ValueError(f"parameters.{name}: values names one twice: {values}")
     weights = spec.get("probabilities")
-    if weights is not None and (len(weights) != len(values) or not math.isclose(sum(weights), 1, abs_tol=1e-6)):
+    if weights is not None and not _is_distribution(weights, len(values)):
         raise ValueError(f"parameters.{name}: probabilities must be {len(values)} numbers that sum to 1, not {weights}")
     return Parameter(name, choices=tuple(values), weights=None if weights is None else tuple(weights))
+
+
+def _is_distribution(weights: Any, count: int) -> bool:
+    if not isinstance(weights, list) or len(weights) != count:
+        return False
+    numbers = [w for w in weights if isinstance(w, (int, float)) and w >= 0]
+    return len(numbers) == count and math.isclose(sum(numbers), 1, abs_tol=1e-6)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_early(early: Any) -> None:
+    """Raises ValueError where `early_terminate` is not W&B's hyperband."""
+    if not isinstance(early, dict):
+        raise ValueError("early_terminate must be a mapping, as {type: hyperband, min_iter: 3}")
+    if unknown := [key for key in early if key not in HYPERBAND]:
+        raise ValueError(f"early_terminate has an unknown key {unknown[0]}{nearest(unknown[0], HYPERBAND)}")
+    if early and (early.get("type") != "hyperband" or not {"min_iter", "max_iter"} & early.keys()):
+        raise ValueError("early_terminate needs type: hyperband, and min_iter or max_iter")
+    for key, least in (("min_iter", 1), ("max_iter", 1), ("s", 1), ("eta", 2)):
+        if key in early and not (_is_count(early[key]) and early[key] >= least):
+            raise ValueError(f"early_terminate: {key} must be a whole number of at least {least}, not {early[key]}")
 
 
 def _number(name: str, key: str, value: Any) -> float:
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
         mantissa, exponent = re.split("[eE]", value)
         raise ValueError(f"parameters.{name}: YAML reads {value} as text; write {key}: {mantissa}.0e{int(exponent):+d}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"parameters.{name}: {key} must be a number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST:
+        raise ValueError(f"parameters.{name}: {key} must be a number within {MOST:.0e} of 0, not {value!r}")
     return value
 
 
@@ -214,13 +239,15 @@ class Sweep:
             spec = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except RecursionError:
+            raise ValueError(f"{path} is not YAML: its brackets lie too deep in each other") from None
+        except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8, no such day, or a number without end
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(spec, dict):
             raise ValueError(f"{path} must hold a sweep: program, method, metric and parameters")
         try:
             return cls.of(spec)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # the latter is how math says that an end is beyond float64
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -231,27 +258,30 @@ class Sweep:
         for key in ("program", "metric", "parameters"):
             if not spec.get(key):
                 raise ValueError(f"{key} is missing")
+        if not isinstance(spec["program"], str) or not isinstance(spec.get("command", []), list):
+            raise ValueError("program must be the path of a script, and command a list of words")
         metric = spec["metric"]
-        if not isinstance(metric, dict) or not metric.get("name"):
+        if not isinstance(metric, dict) or not isinstance(metric.get("name"), str):
             raise ValueError("metric needs a name, as {name: val/loss, goal: minimize}")
         if "/" not in metric["name"]:
             raise ValueError(f"metric.name must say of which rows, as val/{metric['name']}")
         if metric.get("goal", "minimize") not in GOALS:
             raise ValueError(f"metric.goal must be minimize or maximize, not {metric['goal']}")
-        if spec.get("method", "random") not in BACKENDS:
+        if spec.get("method", "random") not in tuple(BACKENDS):
             raise ValueError(f"unknown method {spec['method']}{nearest(spec['method'], BACKENDS)}")
-        early = spec.get("early_terminate") or {}
-        if unknown := [key for key in early if key not in HYPERBAND]:
-            raise ValueError(f"early_terminate has an unknown key {unknown[0]}{nearest(unknown[0], HYPERBAND)}")
-        if early and (early.get("type") != "hyperband" or not {"min_iter", "max_iter"} & early.keys()):
-            raise ValueError("early_terminate needs type: hyperband, and min_iter or max_iter")
+        _check_early(spec.get("early_terminate") or {})
+        if not _is_count(spec.get("run_cap", 1)):
+            raise ValueError(f"run_cap must be a number of trials, at least 1, not {spec['run_cap']}")
         for word in _words(spec):
             if (macro := re.fullmatch(r"\$\{(\w+)\}", word)) and macro[1] not in (macros := _macros("", {}, Path())):
                 raise ValueError(f"command has an unknown macro {word}{nearest(macro[1], macros)}")
         if not isinstance(spec["parameters"], dict):
             raise ValueError("parameters must map names of flags to what they are drawn from")
         parameters = tuple(parameter(name, entry) for name, entry in spec["parameters"].items())
-        return cls(json.loads(json.dumps(spec)), parameters)
+        try:
+            return cls(json.loads(json.dumps(spec)), parameters)
+        except TypeError as error:  # YAML has days and bytes too
+            raise ValueError(f"it holds a value that is neither number nor text: {error}") from error
 
     @property
     def metric(self) -> str:

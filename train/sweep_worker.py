@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
-import psutil
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
+from train.children import end
 from train.sweep_space import Sweep, nearest
 
 T = TypeVar("T")
@@ -34,7 +34,6 @@ T = TypeVar("T")
 LOG = "log.txt"  # in each trial's folder, what its process says
 SWEEP_FILE = "sweep.json"  # what the sweep is: spec, backend, seed, extra flags, workers, grace, database
 POLL = 0.2  # seconds
-TO_SAVE = 60.0  # seconds that a trial has to save itself before it is killed
 RETRIES = 2  # of a trial whose process or worker was killed
 BROKEN = 2  # exit status: no trial of this sweep can be scored
 
@@ -130,20 +129,6 @@ def score_of(run_dir: Path, sweep: Sweep) -> float:
     return sum(score for [score] in scores) / len(scores)
 
 
-def processes_of(run_dir: Path) -> list[psutil.Process]:
-    flag = f"--run_dir={run_dir}"
-    return [p for p in psutil.process_iter(["cmdline"]) if flag in (p.info["cmdline"] or ())]
-
-
-def end(run_dir: Path) -> None:
-    """End every process of a trial, its launcher too; what trains saves itself first."""
-    processes = processes_of(run_dir)
-    for process in processes:
-        process.terminate()
-    for process in psutil.wait_procs(processes, timeout=TO_SAVE)[1]:
-        process.kill()
-
-
 # ---- a worker --------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +221,7 @@ class Worker:
                 pruned = len(values) > reported and trial.should_prune()
                 reported = max(reported, len(values))
         finally:
-            end(run_dir)  # a launcher may be gone before what it launched
+            end(run_dir)
             process.wait()
         return pruned
 

@@ -30,6 +30,7 @@ from tasks.molecule.formats import WRITTEN, write_trajectory
 from tasks.molecule.task import MoleculeTask, Transport, in_float64
 from tasks.molecule.tempering import RoundTrips, Tempering
 from train.engine import ConfigError, parse
+from train.engine.checkpoint import load_state
 from train.engine.metrics import read_rows
 from train.engine.processes import process_state
 from train.engine.run_folder import command_line, read_json, write_json
@@ -96,7 +97,7 @@ def trained(folder: Path) -> tuple[MoleculeTask, dict[str, Transport | None], to
     device = torch.device("cpu") if device.type == "mps" else device  # swaps are decided in float64
     task = task_of(settings)
     flow, scaling = build(settings, task), baselines_of(settings, task, device)["scaling"]
-    flow.load_state_dict(torch.load(weights_file(folder, settings.preset, task), weights_only=True))
+    flow.load_state_dict(load_state(weights_file(folder, settings.preset, task)))
     return task, {"plain": None, "scaled": scaling, "flow": in_float64(flow.to(device))}, device
 
 

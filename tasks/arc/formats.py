@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.arc.grid import Grid, Pair, Puzzle, checked_grid
+from tasks.reading import parsed
 
 Solutions = Mapping[str, Sequence[Grid]]  # of a puzzle: the answer to each test input
 Answers = Mapping[str, Sequence[Sequence[Grid]]]  # of a puzzle: what is tried for each test input, best first
@@ -111,6 +112,8 @@ def _is_answers(content: dict[str, Any]) -> bool:
 
 
 def _puzzle(id: str, value: Any) -> Puzzle:
+    if not id.isprintable():  # JSON can spell half a surrogate pair, which no page or file of answers can hold
+        raise ValueError(f"puzzle {id!a}: an id is text that can be printed")
     parts = {}
     for part in ("train", "test"):
         pairs = value.get(part) if isinstance(value, dict) else None
@@ -251,10 +254,7 @@ def _list(ids: list[str]) -> str:
 
 
 def _read_object(file: Path | str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"{file}: not JSON: {error}") from None
+    content = parsed(Path(file).read_bytes(), file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a JSON {type(content).__name__}; every ARC file is an object in braces")
     return content

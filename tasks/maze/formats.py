@@ -19,7 +19,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from tasks.maze.distance import distances, shortest_path
 from tasks.maze.generate import drawn
 from tasks.maze.grid import Mazes, exits, marked, passages_of_connections, passages_of_floor
 from tasks.maze.score import start_distance
+from tasks.reading import read_arrays
 
 CHARSET = "# SGo"
 WALL, FLOOR, START, GOAL, PATH = range(1, 6)  # ids in the order of CHARSET; 0 pads
@@ -40,6 +40,7 @@ CHARACTERS = np.frombuffer(b"\0" + CHARSET.encode(), np.uint8)  # by id
 IDS = np.zeros(256, np.uint8)  # by character
 IDS[CHARACTERS] = np.arange(6)
 CSV_HEADER = ["source", "q", "a", "rating"]
+MAX_SIZE = 181  # of mazes each way: a way through all N * N cells is counted in int16
 
 Place = Callable[[int], str]  # where maze i of a batch stands
 
@@ -86,6 +87,8 @@ def _pixel_marks(path: Tensor) -> Tensor:
 
 def _steps(mazes: Mazes, place: Place) -> Tensor:
     """Steps to the goals, int16 [B, N, N], of mazes that can be solved; refuses others."""
+    too_large = torch.full_like(mazes.start, mazes.size > MAX_SIZE, dtype=torch.bool)
+    _refuse(too_large, place, f"{mazes.size} x {mazes.size} cells are too many; there may be {MAX_SIZE} each way")
     _refuse(mazes.start == mazes.goal, place, "start and goal are the same cell")
     steps = distances(mazes.passages, mazes.goal)
     _refuse(start_distance(mazes, steps) < 0, place, "no way leads from the start to the goal")
@@ -183,7 +186,7 @@ def read_hrm(folder: Path | str, split: str) -> tuple[Mazes, Tensor]:
     """Mazes on floor grids, and the paths their labels mark, bool [B, N, N]."""
     there = Path(folder, split)
     names = ("all__inputs", "all__labels")
-    questions, answers = _arrays(there, names)
+    questions, answers = read_arrays(there, names)
     for name, ids in zip(names, (questions, answers), strict=True):
         file = there / f"{name}.npy"
         if ids.dtype != np.uint8 or ids.ndim != 2 or not len(ids):
@@ -193,19 +196,6 @@ def read_hrm(folder: Path | str, split: str) -> tuple[Mazes, Tensor]:
         strange = torch.from_numpy((ids < WALL) | (ids > PATH)).any(1)
         _refuse(strange, _place(file), f"an id is none of 1 to 5, which stand for {CHARSET!r}")
     return _solved(questions, answers, _place(there))
-
-
-def _arrays(source: Path, names: tuple[str, ...]) -> list[np.ndarray]:
-    """Of a folder of .npy files, or of an .npz file."""
-    try:
-        if source.is_dir():
-            return [np.load(source / f"{name}.npy") for name in names]
-        with zipfile.ZipFile(source):  # np.load takes other files for something else
-            arrays = np.load(source)
-        with arrays:
-            return [arrays[name] for name in names]
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        raise ValueError(f"{source}: it doesn't hold the arrays {', '.join(names)}") from None
 
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
@@ -257,7 +247,7 @@ def read_connections(file: Path | str) -> Mazes:
     """Of an .npz file, or of a folder of .npy files: connection_list bool [B, 2, N, N], which is open to below and open
     to the right, start_pos and end_pos int [B, 2], rows and columns."""
     names = ("connection_list", "start_pos", "end_pos")
-    connections, *ends = _arrays(Path(file), names)
+    connections, *ends = read_arrays(Path(file), names)
     shape = connections.shape
     if connections.dtype != bool or len(shape) != 4 or shape[1] != 2 or shape[2] != shape[3] or not len(connections):
         raise ValueError(f"{file}: connection_list is {connections.dtype} {list(shape)}, not bool [mazes, 2, N, N]")

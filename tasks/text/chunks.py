@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from tasks.cache import kept_in, renamed
+from tasks.reading import parsed
 from tasks.text.cache import TRAIN_FILE, VAL_FILE, TokenizedText, described, folder_of, intact_meta, say, write_meta
 from tasks.text.corpus import VAL_FRACTION, Document, Fingerprint, Holdout
 from tasks.text.packing import PackedDataset, encode, end_of_text
@@ -155,18 +155,14 @@ def read_chunks(
     folder = Path(folder)
     metadata = _read_metadata(folder)
     tokens_of = _find_tokenizer(folder, metadata, tokenizer)
-    train = [folder / _chunk_name(number) for number in range(metadata["num_chunks"])]
+    train = _chunks(folder, metadata["num_chunks"])
     if "val" in metadata:
-        val = [folder / VAL_FOLDER / _chunk_name(number) for number in range(metadata["val"]["num_chunks"])]
+        val = _chunks(folder / VAL_FOLDER, metadata["val"]["num_chunks"])
     else:
         cut = len(train) - max(1, round(VAL_FRACTION * len(train)))
         train, val = train[:cut], train[cut:]
     if not train or not val:
         raise ValueError(f"{folder} holds {len(train) + len(val)} chunk(s), and two are needed: to train, to validate.")
-    for path in (*train, *val):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, which {METADATA_FILE} counts: pretokenize again.")
-
     seen = [(path.stat().st_size, path.stat().st_mtime_ns) for path in (*train, *val)]
     ours = folder_of("chunks", metadata, seen, tokens_of.to_json())
     meta = intact_meta(ours, verbose)
@@ -192,13 +188,32 @@ def _read_metadata(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: give a folder that train/pretokenize.py wrote.")
     try:
-        metadata = json.loads(path.read_text())
+        metadata = parsed(path.read_bytes(), path)
         missing = {"dataset", "tokenizer", "chunk_size", "num_chunks"} - set(metadata)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not readable ({error}): pretokenize again.") from error
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: pretokenize again.")
+    splits = [metadata[split] for split in ("train", "val") if split in metadata]  # which the original's has not
+    ours = all(isinstance(of, dict) and {"num_chunks", "sha256"} <= of.keys() for of in splits)
+    counts = (
+        [of[name] for of in (metadata, *splits) for name in ("chunk_size", "num_chunks") if name in of] if ours else []
+    )
+    if not ours or any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError(f"{path} is not readable (a count of chunks is no number): pretokenize again.")
+    if not isinstance(metadata["tokenizer"], str):
+        raise ValueError(f"{path} is not readable (the tokenizer is no name): pretokenize again.")
     return metadata
+
+
+def _chunks(folder: Path, count: int) -> list[Path]:
+    """All that are counted. Raises FileNotFoundError at the first that is missing, however many are said to follow."""
+    paths: list[Path] = []
+    for number in range(count):
+        paths.append(folder / _chunk_name(number))
+        if not paths[-1].is_file():
+            raise FileNotFoundError(f"{paths[-1]} is missing, which {METADATA_FILE} counts: pretokenize again.")
+    return paths
 
 
 def _find_tokenizer(folder: Path, metadata: dict, tokenizer: str | Path) -> Tokenizer:
@@ -240,7 +255,9 @@ def _convert(paths: list[Path], file: Path, tokenizer: Tokenizer, chunk_size: in
 def _load_chunk(path: Path) -> np.ndarray:
     try:
         ids = torch.load(path, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle trips over whatever it says
         raise ValueError(f"{path} is damaged: pretokenize again.") from error
     if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
         raise ValueError(f"{path} must hold a 1-D int64 tensor of token ids.")

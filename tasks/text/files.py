@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from tasks.reading import parsed
 
 TEXT_FIELDS = ("text", "content", "article", "document")  # looked for in this order when no field is named
 PART_BYTES = 2**18  # a stream cuts plain text files into documents of about this size
@@ -70,12 +71,12 @@ def _read_jsonl(name: str, path: Path, text_field: str | None, start: Sequence[i
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = parsed(line.decode("utf-8"), where)
             except UnicodeDecodeError:
                 yield place, f"{name}:{number}", line  # the caller finds it undecodable and names it
                 continue
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}); a .jsonl file holds one object a line.") from error
+            except ValueError as error:
+                raise ValueError(f"{error}; a .jsonl file holds one object a line.") from error
             if not isinstance(record, dict):
                 raise ValueError(f'{where}: expected an object such as {{"text": "…"}}, found {line[:40]!r}.')
             value = record[choose_field(record, text_field, where)]
@@ -95,6 +96,8 @@ def _read_parquet(name: str, path: Path, text_field: str | None, start: int) -> 
         with pq.ParquetFile(path) as table:
             schema = table.schema_arrow
             field = choose_field(schema.names, text_field, str(path))
+            if schema.names.count(field) > 1:
+                raise ValueError(f"{path}: two columns are called {field!r}; give each a name of its own.")
             kind = schema.field(field).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise ValueError(f"{path}: the text field must hold strings, {field!r} holds {kind}.")
@@ -108,7 +111,9 @@ def _read_parquet(name: str, path: Path, text_field: str | None, start: int) -> 
                         row += 1
                         if row > start:
                             yield row - 1, f"{name}:{row}", value.as_py() or b""
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; damage is an OSError without number
+            raise
         raise ValueError(f"{path}: not a readable Parquet file ({error}).") from error
 
 

@@ -17,11 +17,14 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from tasks.reading import parsed
+
 EOS_TOKEN = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 BYTES_FORMAT = {"type": "tenfold-bytes"}  # all that the file of a byte tokenizer says
 MIN_BPE_VOCAB_SIZE = 257  # every byte, and the end of text
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(?<!\.json)")
+MOST_IDS = 2**22  # sixteen times the largest vocabularies there are; a damaged id would have us hold as many rows
 # Every byte that UTF-8 uses, and what tokenizers like to change: spaces, line ends, combining accents, special tokens.
 PROBE = f"  e\u0301\r\n {EOS_TOKEN} " + "".join(map(chr, (*range(0x801), *range(0x1000, 0x110000, 0x1000))))
 
@@ -94,10 +97,17 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"The tokenizer has no special token {EOS_TOKEN} to separate documents: add it as one.")
         backend.no_truncation()
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):  # merges left out by lot: no text would have the same tokens twice
+            backend.model.dropout = None
         backend.encode_special_tokens = True  # a document that spells a special token must not end there
         super().__init__(pieces, eos_id)
         self.backend = backend
-        if self.decode_bytes(self.encode(PROBE)) != PROBE.encode():
+        try:
+            backend.encode(PROBE)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"The tokenizer lacks what some text needs ({error}): bits per byte need all.") from None
+        # Without its spaces too: some tokenizers put one before a text that begins with none.
+        if any(self.decode_bytes(self.encode(text)) != text.encode() for text in (PROBE, PROBE.strip())):
             raise ValueError(
                 "The tokenizer changes text (it normalizes, or lacks some bytes): bits per byte need an exact one."
             )
@@ -152,15 +162,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"There is no tokenizer {file}: name bpe, bytes, a tokenizer.json or one of the Hub's.")
     content = file.read_bytes()
     try:
-        parsed = json.loads(content)
+        if parsed(content, file) == BYTES_FORMAT:
+            return ByteTokenizer()
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}): give a tokenizer.json.") from error
-    if parsed == BYTES_FORMAT:
-        return ByteTokenizer()
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file} is not a tokenizer of the Hugging Face format ({error}).") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and where its Rust panics something wider
+        raise ValueError(f"{file} is not a tokenizer of the Hugging Face format ({error}).") from None
     return BPETokenizer(backend)
 
 
@@ -183,6 +194,8 @@ def _pieces(backend: tokenizers.Tokenizer) -> list[bytes]:
     byte_of = dict(zip(alphabet, printable + others, strict=True))
 
     vocabulary = backend.get_vocab()
+    if not len(vocabulary) <= max(vocabulary.values(), default=-1) + 1 <= MOST_IDS:
+        raise ValueError(f"The tokenizer's {len(vocabulary)} tokens have ids that are damaged: each needs its own.")
     pieces = [b""] * (max(vocabulary.values()) + 1)
     added = backend.get_added_tokens_decoder()
     for token, index in vocabulary.items():

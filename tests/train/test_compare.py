@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from train import compare
+from train import children, compare
 from train.compare import CompareConfig, grid_of, main, names_of, parse_budget
 from train.compare_report import pairs, sign_flip
 from train.engine.config import ConfigError
+from train.engine.metrics import read_rows
 from train.engine.run_folder import read_json
 
+ROOT, LAUNCH = children.ROOT, compare.LAUNCH
 # A script whose loss is (log10 lr - log10 of its best)^2 + its own floor + a little for the seed.
 SCRIPT = """
-import argparse, json, math, sys
+import argparse, fcntl, json, math, os, signal, sys
 from pathlib import Path
 
 p = argparse.ArgumentParser()
 for name, kind, value in (("lr", float, 1e-2), ("seed", int, 0), ("best_lr", float, 1e-2), ("floor", float, 1.0),
                           ("monitor", str, "loss"), ("corpus", str, "a"), ("breaks_above", float, 9.0),
                           ("max_steps", int, 0), ("max_minutes", float, 0), ("epochs", str, ""),
-                          ("run_dir", Path, None)):
+                          ("run_dir", Path, None), ("hold", str, "")):
     p.add_argument("--" + name, type=kind, default=value)
 p.add_argument("--print_config", action="store_true")
 flags = p.parse_args()
@@ -36,11 +43,21 @@ if flags.print_config:
 with open("calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + chr(10))
 out = flags.run_dir
+lock = (out / "lock").open("w")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("error: another process is training here")
+if out.name == flags.hold and not (out / "held").exists():  # the first time, waits to be killed
+    (out / "pid").write_text(str(os.getpid()))
+    (out / "pid").rename(out / "held")
+    signal.pause()
 data = {"corpus_sha256": flags.corpus, "tokenizer_sha256": str(flags.floor)}
 facts = {"monitor": flags.monitor, "mode": "min", "data": data, "command": "accelerate launch toy.py"}
 if flags.lr > flags.breaks_above:
     facts |= {"state": "failed", "error": "TrainingBroken: the losses leapt"}
-(out / "run.json").write_text(json.dumps(facts))
+(out / "facts").write_text(json.dumps(facts))
+(out / "facts").rename(out / "run.json")  # which may be read at any time
 if flags.lr > flags.breaks_above:
     sys.exit(2)
 loss = (math.log10(flags.lr) - math.log10(flags.best_lr)) ** 2 + flags.floor + 0.01 * flags.seed
@@ -103,16 +120,100 @@ def test_equal_budget_tuning_seeds_and_what_they_come_to(capsys):
     assert len(calls()) == before + 1 and read_json(Path("out/results.json"))["pairs"] == found["pairs"]
 
 
+# ---- killed ----------------------------------------------------------------------------------------------------------
+
+
+def started(*words: str) -> int:
+    """The process id of a fork that compares."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            main(words)
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        finally:
+            os._exit(status)
+    return child
+
+
+def killed_once(there: Path, number: int, *words: str) -> int:
+    """Start a comparison, send it the signal as soon as a file is `there`, and return how it ended."""
+    child = started(*words)
+    while not (there.exists() and there.stat().st_size):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.02)
+    os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_the_same_command_goes_on_after_sigterm_and_sigkill_and_runs_nothing_twice():
+    words = [A, B, "--budget", "20steps", "--seeds", "2", "--compare_dir", "out", "--", "--hold", "seed-2"]
+    first, second = (Path("out") / name / "seed-2" / "held" for name in names_of([A.split(), B.split()]))
+    assert killed_once(first, signal.SIGTERM, *words) == 75
+    assert not psutil.pid_exists(int(first.read_text()))
+    assert killed_once(second, signal.SIGKILL, *words) == -signal.SIGKILL
+    assert psutil.pid_exists(int(second.read_text()))  # nobody could tell it, and it has the lock
+    main(words)
+    made = [
+        (w[w.index("--floor") + 1], w[w.index("--seed") + 1]) for w in (c.replace("=", " ").split() for c in calls())
+    ]
+    assert made == [("1", "1"), ("2", "1"), ("1", "2"), ("1", "2"), ("2", "2"), ("2", "2")]  # the held ones again
+    scores = [c["scores"] for c in read_json(Path("out/results.json"))["candidates"].values()]
+    assert scores == [pytest.approx([2.01, 2.02]), pytest.approx([3.01, 3.02])]
+
+
+def test_a_second_comparison_in_the_folder_is_refused_and_ends_nothing(capsys):
+    words = [A, B, "--budget", "20steps", "--seeds", "1", "--compare_dir", "out"]
+    with children.held(Path("out"), "compare"):
+        assert "another compare.py runs in" in refused(capsys, *words)
+    assert not Path("calls.txt").exists()
+
+
+def test_a_process_that_ends_while_it_is_being_ended_is_no_error(monkeypatch, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(gone.pid)
+    gone.wait()
+    monkeypatch.setattr(children, "processes_of", lambda run_dir: [process])
+    children.end(tmp_path)
+
+
+@pytest.mark.slow
+def test_real_scripts_come_to_the_same_when_the_comparison_was_killed(monkeypatch, tmp_path):
+    """Once by SIGTERM, which the run is passed; once by SIGKILL, which leaves it running."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(compare, "LAUNCH", LAUNCH)
+    flags = ["--tiny", "--cpu", "--wandb=off", "--db=off", "--log_every=1", "--eval_every=50", "--save_every=10"]
+    two = ["train/nano.py", "train/nano.py --use_hten", "--budget", "100steps", "--seeds", "1", "--compare_dir"]
+    whole, cut = ([*two, str(tmp_path / name), "--", *flags] for name in ("whole", "cut"))
+    main(whole)
+    first, second = (tmp_path / "cut" / name / "seed-1" / "metrics.jsonl" for name in ("nano", "use_hten"))
+    assert killed_once(first, signal.SIGTERM, *cut) == 75
+    assert read_json(first.with_name("run.json"))["state"] == "interrupted"
+    assert killed_once(second, signal.SIGKILL, *cut) == -signal.SIGKILL
+    main(cut)
+    for name in ("nano", "use_hten"):
+        rows, as_whole = (read_rows(tmp_path / n / name / "seed-1" / "metrics.jsonl") for n in ("cut", "whole"))
+        assert [(r["step"], r["split"], r["loss"]) for r in rows] == [
+            (r["step"], r["split"], r["loss"]) for r in as_whole
+        ]
+    scores = [read_json(tmp_path / name / "results.json")["candidates"] for name in ("whole", "cut")]
+    assert [c["scores"] for c in scores[0].values()] == [c["scores"] for c in scores[1].values()]
+
+
+# ---- what is no comparison -------------------------------------------------------------------------------------------
+
+
 def test_what_diverges_has_had_its_trial(capsys):
-    main([A + " --breaks_above 5e-2", B, *USUAL[:-4], "--seeds", "1", "--compare_dir", "out"])
+    short = [*USUAL[:4], "--trials", "2", "--seeds", "1", "--compare_dir"]
+    main([A + " --breaks_above 5e-2", B, *short, "out"])
     found = read_json(Path("out/results.json"))
     scores = [trial["score"] for trial in next(iter(found["tuning"].values()))]
     assert scores[-1] is None and None not in scores[:-1]
-    assert any("diverged in 1 of its 4 trials" in note for note in found["notes"])
+    assert any("diverged in 1 of its 2 trials" in note for note in found["notes"])
     assert "a single seed says nothing" in capsys.readouterr().out
-    assert "diverged with every value" in refused(
-        capsys, A + " --breaks_above 1e-9", B, *USUAL[:-2], "--compare_dir", "other"
-    )
+    assert "diverged with every value" in refused(capsys, A + " --breaks_above 1e-9", B, *short, "other")
 
 
 @pytest.mark.parametrize("flags, fact", [("--monitor gap", "monitor"), ("--corpus b", "data.corpus_sha256")])

@@ -20,6 +20,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from train import sweep as tool
 from train import sweep_worker
+from train.children import processes_of
 from train.engine.experiments import ExperimentDB
 from train.engine.run_folder import read_json, write_json
 from train.sweep import trial_results
@@ -256,7 +257,13 @@ def test_a_trial_that_falls_behind_is_ended_early(worker):
     assert study.trials[0].value < study.trials[1].value
 
 
-def test_optuna_learns_from_the_trials_before(worker):
+def test_optuna_learns_from_the_trials_before(worker, monkeypatch):
+    def without_a_process(self, trial, flags, run_dir) -> None:
+        run_dir.mkdir()
+        row = {"step": 1, "split": "val", "loss": (flags["lr"] - 0.3) ** 2}
+        (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(Worker, "run", without_a_process)
     study, _ = worker(16, backend="optuna", parameters={"lr": {"min": 0.0, "max": 3.0}})
     losses = [trial.value for trial in study.trials]
     assert len(losses) == 16 and statistics.median(losses[10:]) < statistics.median(losses[:10])
@@ -315,7 +322,7 @@ def test_what_cannot_be_searched_is_said_before_the_first_trial(begin, tmp_path,
 def test_a_metric_that_no_row_has_ends_the_sweep_at_the_first_rows(worker, tmp_path):
     with pytest.raises(sweep_worker.SweepBroken, match=r"no row of .* has a val/los, only val/loss; did you mean"):
         worker(3, "--slow", "0", metric={"name": "val/los", "goal": "minimize"})
-    assert not sweep_worker.processes_of(tmp_path / "runs" / "s" / "trial-0000")
+    assert not processes_of(tmp_path / "runs" / "s" / "trial-0000")
 
 
 def test_the_wandb_backend_registers_the_file_and_starts_agents(monkeypatch, begin):

@@ -1,28 +1,24 @@
-"""What a W&B run holds, read back from its offline file: for every family each row and each part of its loss."""
+"""A W&B run over its resumes and processes. (That it holds every row and part of each family is in test_sweeps.py.)"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from types import SimpleNamespace
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from tests.train.test_metrics import offline_history
-from train.engine.logbook import Logbook
+from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
 from train.engine.run_folder import read_json
-from train.engine.snapshot import Progress
-from train.molecular_epochs import PARTS
-
-TINY = "--tiny --max_steps 2 --log_every 1 --eval_every 1 --cpu --wandb offline --db off"
-# Script, its flags, and the parts of the loss that it must tell apart.
-FAMILIES = {
-    "language": ("nano", "--use_hten --energy_reg_weight 0.05", {"loss", "ce_loss", "energy_loss"}),
-    "maze": ("maze", "--models poh --rollout_mazes 0 --route_ent_weight 5e-4", {"loss", "ce_loss", "route_entropy"}),
-    "arc": ("encoder_decoder", "--no-tensorboard", {"loss", "ce_loss"}),
-    "molecular": ("molecular", "", set(PARTS)),
-}
 
 
 def flat(row: dict) -> dict:
@@ -33,26 +29,6 @@ def flat(row: dict) -> dict:
 def _no_say_of_the_environment(monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_SWEEP_ID"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_offline_run_holds_the_rows_of_metrics_jsonl_and_every_part_of_the_loss(
-    family, run_command, monkeypatch, tmp_path
-):
-    for drawn in ("draw_spectrum", "draw_energy"):
-        monkeypatch.setattr(f"train.pictures.{drawn}", lambda *args: None)
-    monkeypatch.setattr("train.engine.summary.plot_curves", lambda *args: None)
-    # Absolute: the service behind wandb outlives a run, and stays in the folder where this process began its first one.
-    run, (script, flags, parts) = tmp_path / "run", FAMILIES[family]
-    status, said = run_command(f"accelerate launch train/{script}.py {TINY} {flags} --run_dir {run}")
-    assert status == 0, said
-    (folder,) = [file.parent for file in (*run.glob("run.json"), *run.glob("*/run.json"))]
-    rows = read_rows(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]
-    assert offline_history(folder) == [flat(row) for row in rows]
-    trained = [row for row in rows if row["split"] == "train"]
-    assert all(parts <= row.keys() for row in trained), trained[0].keys()
-    assert {"lr", "items_per_second", "grad_norm"} <= trained[0].keys()
 
 
 def test_a_resumed_run_keeps_its_id_and_no_step_is_dropped(make_trainer, tmp_path):
@@ -78,15 +54,50 @@ def test_a_resumed_run_keeps_its_id_and_no_step_is_dropped(make_trainer, tmp_pat
     assert history == [flat(row) for row in read_rows(whole.run_dir / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("is_main", [True, False])
-def test_only_process_0_has_a_wandb_run(make_trainer, tmp_path, monkeypatch, is_main):
-    trainer = make_trainer(wandb="offline")
-    begun = []
-    monkeypatch.setattr(
-        "train.engine.logbook.WandbRun", lambda *args: begun.append(args) or SimpleNamespace(id="x", close=lambda: None)
-    )
-    backend = SimpleNamespace(is_main=is_main, device=trainer.backend.device)
-    book = Logbook(trainer.config, backend, "items")
-    book.open(tmp_path, Progress())
-    book.close()
-    assert len(begun) == is_main
+def in_two_processes(work: Callable[[int], object], folder: Path) -> list:
+    """What `work(rank)` returns in two forks that find each other as a launcher's processes do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(2):
+        if (child := os.fork()) == 0:
+            os.environ.update({k: str(v) for k, v in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()})
+            os.environ["ACCELERATE_USE_CPU"] = "1"
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(1)  # OpenMP's threads don't outlive a fork
+            try:
+                (folder / f"rank-{rank}").write_text(json.dumps(work(rank)))
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(2)]
+
+
+def test_of_two_processes_only_the_first_writes_to_the_database_and_to_wandb(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.engine.backend.use_all_cores", lambda: None)
+    run = tmp_path / "runs" / "toy" / "run"
+
+    def work(rank: int) -> list:
+        written, tracker = set(), MagicMock()
+        tracker.init.return_value.id = "x"
+        sys.modules["wandb"] = tracker
+
+        def see(event: str, about: tuple) -> None:
+            if event == "sqlite3.connect" or (event == "open" and about[2] & (os.O_WRONLY | os.O_RDWR)):
+                written.add(os.path.abspath(os.fspath(about[0])) if isinstance(about[0], (str, Path)) else "")
+
+        sys.addaudithook(see)
+        make_trainer("runs/toy/run", wandb="offline", db="auto", max_steps=4, log_every=1).train()
+        ours = {Path(file).relative_to(tmp_path).parts[-1] for file in written if file.startswith(str(tmp_path))}
+        return [sorted(ours), len(tracker.mock_calls)]
+
+    (first, calls), (second, calls_of_the_second) = in_two_processes(work, tmp_path)
+    assert {"experiments.db", "metrics.jsonl", "run.json"} <= set(first) and calls > 6
+    assert (second, calls_of_the_second) == ([], 0)
+    with ExperimentDB(tmp_path / "runs" / "experiments.db") as db:
+        [found] = db.runs()
+        assert found["state"] == "finished" and db.rows(found["run_id"]) == read_rows(run / "metrics.jsonl")

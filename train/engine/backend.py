@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from train.engine.checkpoint import load_weights
 from train.engine.config import ConfigError, TrainingConfig
@@ -22,7 +23,14 @@ from train.engine.precision import choose_precision, use_all_cores
 from train.engine.processes import process_state
 
 T = TypeVar("T")
+PRECISIONS: dict[str | None, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def shard_of(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, but under FSDP2 and ZeRO-3."""
+    parameter = getattr(parameter, "ds_tensor", parameter)
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class Backend:
@@ -43,7 +51,7 @@ class Backend:
         self.rank, self.world_size, self.is_main = state.process_index, state.num_processes, state.is_main_process
         if self.device.type == "cpu":
             use_all_cores()
-        if begun_in is not None and config.mixed_precision == "auto":
+        if begun_in in PRECISIONS and config.mixed_precision == "auto":
             self.precision, self.precision_reason = begun_in, "as the run began"
         else:
             choice = self.on_main(lambda: choose_precision(config.mixed_precision, self.device))
@@ -94,7 +102,7 @@ class Backend:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return PRECISIONS[self.precision]
 
     def autocast(self) -> AbstractContextManager[None]:
         """Around each forward: the run's precision."""
@@ -122,6 +130,11 @@ class Backend:
         self.prepared_optimizer.zero_grad()
 
     # ---- what is kept ------------------------------------------------------------------------------------------
+
+    def are_finite(self, model: nn.Module) -> bool:
+        """Whether all weights are, on every process, each of which looks at its own or its shard. Collective."""
+        mine = torch.stack([shard_of(p.detach()).isfinite().all().to(self.device) for p in model.parameters()])
+        return not self.any(not mine.all().item())[0]
 
     def whole(self, model: nn.Module, device: torch.device | None = None) -> nn.Module | None:
         """On process 0 a model with all its weights, None on the others. Collective.
@@ -166,16 +179,17 @@ class Backend:
         return [v > 0 for v in self.sum(torch.tensor(flags, dtype=torch.int32, device=self.device)).tolist()]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """What `call` returns on process 0; a ConfigError raised there is raised on all."""
-        outcome: tuple[Any, str | None] = (None, None)
+        """What `call` returns on process 0; a ConfigError or OSError raised there is raised on all."""
+        value: Any = None
+        problem: ConfigError | OSError | None = None
         if self.is_main:
             try:
-                outcome = (call(), None)
-            except ConfigError as error:
-                outcome = (None, str(error))
-        value, problem = self.broadcast(outcome)
+                value = call()
+            except (ConfigError, OSError) as error:
+                problem = error
+        value, problem = self.broadcast((value, problem))
         if problem is not None:
-            raise ConfigError(problem)
+            raise problem
         return value
 
     def wait(self) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -27,6 +27,8 @@ ALIASES = {
 }
 # What a resumed run may change: where it stops, what it shows, and what the machine needs. None of it moves a weight.
 LIMITS = {"max_steps", "max_minutes", "epochs", "max_cost", "hourly_rate", "early_stopping_patience"}
+MOST = 2**53  # of any number: beyond it float64, and with it JSON's readers, skip whole numbers
+MOST_WORKERS = 1024  # a slip of the finger should not start a process for every item
 FREE_ON_RESUME = LIMITS | {"num_workers", "cpu", "wandb", "tensorboard", "db"}
 
 
@@ -136,6 +138,8 @@ class TrainingConfig:
             for name in ("weight_decay", "grad_clip", "warmup_steps", "num_workers", "seed")
             if not getattr(self, name) >= 0
         ]
+        if self.num_workers > MOST_WORKERS:
+            found.append(f"--num_workers must be at most {MOST_WORKERS}, not {self.num_workers}")
         if self.betas is not None and self.optimizer not in TAKES_BETAS:
             found.append(f"--betas say nothing to --optimizer {self.optimizer}; they are for {', '.join(TAKES_BETAS)}")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
@@ -177,7 +181,7 @@ class TrainingConfig:
             for name, choices in _choices(type(self)).items()
             if getattr(self, name) not in choices
         ]
-        if found := found or self.problems():
+        if found := [*found, *_unusable(self)] or self.problems():
             raise ConfigError("these settings cannot work:\n" + "\n".join(f"  - {p}" for p in found))
 
     def diff(self, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
@@ -193,6 +197,24 @@ def _choices(config_class: type[TrainingConfig]) -> dict[str, tuple[Any, ...]]:
     """The fields that have one of a few values."""
     hints = get_type_hints(config_class)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def _unusable(config: TrainingConfig) -> Iterator[str]:
+    """A sentence for each number without measure, and each text that no file of ours can hold."""
+    for field in dataclasses.fields(config):
+        of = getattr(config, field.name)
+        for value in of if isinstance(of, tuple) else (of,):
+            if isinstance(value, (int, float)) and not abs(value) <= MOST:
+                yield f"--{field.name} must be a number of at most {MOST:.0e}, not {value:.4g}"
+            elif isinstance(value, (str, Path)) and not _is_text(str(value)):
+                yield f"--{field.name} must be text in UTF-8 without a zero byte, not {str(value)!a}"
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # the system's way to pass on bytes that are no UTF-8
+        return False
 
 
 def plain(value: Any) -> Any:
@@ -237,7 +259,9 @@ def read_settings(config_class: type[TrainingConfig], path: Path) -> dict[str, A
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--settings {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"--settings {path} is neither YAML nor JSON: brackets lie too deep in each other") from None
+    except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8, no such day, or a number without end
         raise ConfigError(f"--settings {path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--settings {path} must hold `name: value` lines, not a {type(values).__name__}")
@@ -246,13 +270,16 @@ def read_settings(config_class: type[TrainingConfig], path: Path) -> dict[str, A
     unknown = [f"{name}{nearest(name, fields)}" for name in values if name not in fields]
     if unknown:
         raise ConfigError(f"--settings {path} has unknown names: {', '.join(unknown)}")
+    for name, value in values.items():
+        if isinstance(value, list) and (flags := [word for word in value if str(word).startswith("--")]):
+            raise ConfigError(f"--settings {path}: {name} holds {flags[0]}, a flag; only values may stand there")
     # Through the command line, so that a file's values meet the same parser as a flag's.
     return {name: value for name, value in values.items() if value is not None and name not in config_class.actions}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about a name that is not known."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

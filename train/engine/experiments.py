@@ -112,7 +112,11 @@ class ExperimentDB:
     def _sentences(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (
+            sqlite3.Error,
+            OverflowError,
+            UnicodeEncodeError,
+        ) as error:  # its integers have 64 bits, its text is UTF-8
             raise ConfigError(
                 f"the experiment database {self.path} cannot be used: {error}; runs keep their rows in metrics.jsonl, "
                 "from which `python train/runs.py import RUN --db PATH` fills this database or a new one"
@@ -238,8 +242,9 @@ class ExperimentDB:
 
     def get_run(self, run: int | str | Path) -> Run:
         """By its number, its folder, or how its name ends. Raises ConfigError with the nearest name."""
-        run = str(run)
-        number, ends = int(run) if run.isdigit() else None, "/" + run.strip("/")
+        run = str(run).encode(errors="replace").decode().replace("\0", "?")  # what no run can be called
+        number = int(run) if run.isdecimal() and len(run) < 19 else None  # SQLite's integers have 64 bits
+        ends = "/" + run.strip("/")
         for where, values in (
             ("run_id = ?", [number]),
             ("run_dir = ?", [self._text(run)]),
@@ -343,7 +348,13 @@ class ExperimentDB:
     def _run(self, row: sqlite3.Row) -> Run:
         run = dict(row)
         folder = self.path.parent / run["run_dir"]
-        run |= {name: json.loads(run[name]) if run[name] else None for name in ("config", "facts", "results")}
+        try:
+            run |= {name: json.loads(run[name]) if run[name] else None for name in ("config", "facts", "results")}
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.path} is damaged where it tells of {run['run_dir']}: {error}; "
+                f"`python train/runs.py import {run['run_dir']} --db PATH` makes that anew"
+            ) from error
         if run["state"] == "running" and not is_held(folder):
             run["state"] = "dead"
         return run | {"name": run["run_dir"], "run_dir": folder}
@@ -355,6 +366,8 @@ def _read_folder(run_dir: Path, rows: bool) -> tuple[dict[str, Any], dict[str, A
     results, metrics = folder / "results.json", folder / "metrics.jsonl"
     try:
         config, facts = read_json(folder / "config.json"), read_json(folder / "run.json")
+        if not isinstance(config, dict) or not isinstance(facts, dict) or not isinstance(facts["command"], str):
+            raise ValueError("config.json and run.json hold names with values, a command among them")
         script = Path(shlex.split(facts["command"])[2]).stem  # accelerate launch SCRIPT …
         about = {"script": script, "config": config, "command": facts["command"], "facts": facts}
         found = read_rows(metrics) if rows and metrics.exists() else []

@@ -174,7 +174,7 @@ class Trainer:
         """
         data_frame([])  # without pandas there is no metrics_summary: now, not after hours
         task = self._task(train_data, val_data)
-        run_dir = self.training_config.run_dir or _new_folder(self._name)
+        run_dir = Path(self.training_config.run_dir or _new_folder(self._name))
         loop = TrainingLoop(self._for_the_loop(), dataclasses.replace(self.training_config, run_dir=run_dir), task)
         weights = _Weights(loop)
         loop.hooks = [*self.hooks, weights]

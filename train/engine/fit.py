@@ -13,7 +13,7 @@ from train.engine.backend import Backend
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.order import micro_batches_per_step, order_of
 from train.engine.plan import Cost, Plan, make_plan
-from train.engine.run_folder import read_json
+from train.engine.run_folder import begun
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -76,14 +76,13 @@ def fit(
 def _fittings(config: TrainingConfig, sharded: bool) -> list[dict[str, Any]]:
     """What to try; of a run that is resumed only what it came to, for another memory may be free today."""
     fittings = config.fittings(sharded)
-    file = config.run_dir / "config.json" if config.run_dir is not None else None
-    if file is None or not file.exists() or config.resume != "auto":
+    settings = begun(config.run_dir, "config.json")
+    if not settings or config.resume != "auto":
         return fittings
-    begun = read_json(file)
     kept, *savers = fittings
     for changes in savers:  # one by one: of the changes on the way to what fitted, needless ones were undone
-        changes = {name: begun.get(name) if name == "micro_batch_size" else value for name, value in changes.items()}
-        if all(begun.get(name) == value for name, value in changes.items()):
+        changes = {name: settings.get(name) if name == "micro_batch_size" else value for name, value in changes.items()}
+        if all(settings.get(name) == value for name, value in changes.items()):
             kept = {**kept, **changes}
     return [kept]
 

@@ -18,6 +18,9 @@ EVALUATION_SHARE = 0.15
 SLACK = 1.1
 # Report, plot, sample and the interpreter's own end, in seconds; a hook's `seconds_at_end` come on top.
 LAST_WORDS = 4.0
+# A signal waits for an evaluation to end; those who send it wait 30 s (Kubernetes, Slurm) before they kill. Where an
+# evaluation takes longer than this, a checkpoint is written before it.
+SECONDS_TO_RISK = 10.0
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,14 @@ class Logbook:
             self.trackers.append(run)
         if self.config.tensorboard:
             self.trackers.append(TensorBoardFile(run_dir, progress.step))
+        if (record := self.enter_in_database(run_dir)) is not None:
+            self.trackers.append(record)
+
+    def enter_in_database(self, run_dir: Path) -> Record | None:
+        """The run's part of the database, with all that its folder holds by now."""
         if (database := database_of(run_dir, self.config.db)) is not None:
             self._record = Record(database, run_dir, self.say)
-            self.trackers.append(self._record)
+        return self._record
 
     def cut_back(self, progress: Progress) -> None:
         """After a rewind: rows behind the checkpoint did not happen."""
@@ -133,9 +138,10 @@ class Logbook:
     def close(self) -> None:
         self.bar.close()
         KERNELS.removeHandler(self._kernel_lines)
-        for tracker in self.trackers:
-            tracker.close()
-        self.trackers.clear()
+        with ExitStack() as closing:  # all of them, whatever becomes of one
+            for tracker in reversed(self.trackers):
+                closing.callback(tracker.close)
+            self.trackers.clear()
 
     def conclude(self) -> None:
         """Tell the database how the run ended, once the run folder says so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import netrc
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.engine.config import ConfigError, TrainingConfig
+from train.engine.run_folder import write_whole, writing
 
 Row = dict[str, Any]
 
@@ -42,6 +44,10 @@ class Meter:
         vector = torch.stack([v.detach().to(self.dtype) for v in values])
         vector[:-2] = torch.where(bad.bool(), 0, vector[:-2])
         self.sums += vector
+
+    def left_out(self) -> None:
+        """A step that wasn't made, for a rewind bans it."""
+        self.sums[-1] += 1
 
     def read(self, total: Callable[[Tensor], Tensor]) -> Row:
         """Means per good step since the last call, and `items` and `skipped` in all. total: sums over processes."""
@@ -113,22 +119,23 @@ class JsonlFile:
     @property
     def size(self) -> int:
         """Bytes that are on disk, for a checkpoint to cut back to."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
     def log(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-        rows = read_rows(self.path)
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        with self.path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        with writing(self.path), self._file:
+            os.fsync(self._file.fileno())
+        rows, table = read_rows(self.path), io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path.with_suffix(".csv"), table.getvalue())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -140,8 +147,11 @@ def read_rows(path: Path) -> list[Row]:
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("split"), str):
+                raise ValueError("a row has a step, which is a number, and a split")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number}, is damaged: {error}") from error
     return rows
 
@@ -156,6 +166,7 @@ class WandbRun:
         mode = None if "WANDB_MODE" in os.environ else "online" if has_wandb_credentials() else "offline"
         if config.wandb != "auto":
             mode = config.wandb
+        self.say, self._lost = say, False
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tenfold"),
             name=f"{run_dir.parent.name}/{run_dir.name}",
@@ -171,10 +182,23 @@ class WandbRun:
         say(f"wandb       {mode or os.environ['WANDB_MODE']}, run {self.id}")
 
     def log(self, row: Row) -> None:
-        self.run.log({"step": row["step"], **{f"{row['split']}/{k}": v for k, v in _scores(row).items()}})
+        with self._or_without():
+            if not self._lost:
+                self.run.log({"step": row["step"], **{f"{row['split']}/{k}": v for k, v in _scores(row).items()}})
 
     def close(self) -> None:
-        self.run.finish()
+        with self._or_without():
+            self.run.finish()
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """What keeps rows from W&B is said once, and does not stop training: metrics.jsonl has them all."""
+        try:
+            yield
+        except Exception as error:  # wandb's own, a broken pipe to its service, a timeout: it names no common class
+            if not self._lost:
+                self.say(f"wandb       lost ({type(error).__name__}: {error}); training goes on without it")
+            self._lost = True
 
 
 def has_wandb_credentials() -> bool:

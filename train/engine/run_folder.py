@@ -10,6 +10,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,33 @@ import torch
 from train.engine.config import ConfigError, TrainingConfig, changed_settings
 
 ROOT = Path(__file__).resolve().parents[2]
+MANIFEST = "manifest.json"  # of a checkpoint: size and CRC-32 of each of its files
+OUTDATED = ".outdated."  # before the name of a checkpoint that is being replaced by another of its step
+KEPT = ("config.json", "run.json", "metrics.jsonl")  # of the run's own files, those that a checkpoint holds as well
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, or a folder that is no longer ours, as a sentence: errors of `write` do not name their file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file is either as it was or all there: temporary name, flush to disk, rename."""
+    """The file is either as it was or all there: temporary name, flush to disk, rename. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,7 +57,43 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises ConfigError, which names the file, where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+
+
+def crc32(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def kept(run_dir: Path, name: str) -> bytes | None:
+    """One of KEPT as it was at the newest checkpoint that has it whole; None where none has."""
+    for checkpoint in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            data = (checkpoint / "run" / name).read_bytes()
+            if read_json(checkpoint / MANIFEST)[f"run/{name}"] == [len(data), zlib.crc32(data)]:
+                return data
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # A damaged one, or of a version that kept none; `Checkpoints.newest` says what is wrong with it.
+    return None
+
+
+def begun(run_dir: Path | None, name: str) -> dict[str, Any]:
+    """config.json or run.json of the run that goes on in a folder, {} where none does. Raises ConfigError.
+
+    A checkpoint's word counts more than the file's, which may be damaged; it is mended once the folder is locked.
+    """
+    if run_dir is None:
+        return {}
+    if (data := kept(run_dir, name)) is not None:
+        return json.loads(data)
+    return read_json(run_dir / name) if (run_dir / name).exists() else {}
 
 
 def default_run_dir() -> Path:
@@ -46,10 +102,13 @@ def default_run_dir() -> Path:
 
 
 class RunFolder:
-    """One run's folder, held by an OS lock that dies with its process. Only process 0 makes one."""
+    """One run's folder, held by an OS lock that dies with its process. Only process 0 makes one.
 
-    def __init__(self, path: Path, config: TrainingConfig) -> None:
-        self.path = path
+    What is damaged of its files is named through `say`, set aside, and taken from the newest checkpoint.
+    """
+
+    def __init__(self, path: Path, config: TrainingConfig, say: Callable[[str], None] = print) -> None:
+        self.path, self.say = path, say
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a")
@@ -65,13 +124,49 @@ class RunFolder:
             raise ConfigError(
                 f"another process is training in {path}; wait for it or give another --run_dir"
             ) from error
+        except OSError as error:  # of some network file systems
+            raise ConfigError(f"{path} cannot be locked: {error.strerror}; give a --run_dir on another disk") from error
         try:
+            self._mend()
             self._check_settings(config)
-        except ConfigError:
+        except (ConfigError, OSError) as error:
             self.release()
-            raise
+            raise ConfigError(str(error)) from error
         # A loader worker that outlives a killed run by a few seconds must not hold its lock.
         os.register_at_fork(after_in_child=self._lock.close)
+
+    def _mend(self) -> None:
+        """Bring files back to what a checkpoint knows of them. Damage elsewhere is found where it is read."""
+        for outdated in (self.path / "checkpoints").glob(f"{OUTDATED}*"):
+            if not (sealed := outdated.with_name(outdated.name.removeprefix(OUTDATED))).exists():
+                outdated.rename(sealed)  # killed between the two renames of a checkpoint
+        whole: dict[str, Callable[[bytes, bytes], bool]] = {
+            "config.json": bytes.__eq__,  # nothing writes it again
+            "metrics.jsonl": bytes.startswith,  # nothing but additions
+            "run.json": lambda found, known: _is_json(found),
+        }
+        for name in KEPT:
+            file, known = self.path / name, kept(self.path, name)
+            found = file.read_bytes() if file.exists() else b""
+            if known is not None and not whole[name](found, known):
+                self._set_aside(file, "taken from the newest checkpoint")
+                write_whole(file, known.decode())
+        results, about = self.path / "results.json", self.path / "run.json"
+        if not results.exists():
+            return
+        crc = read_json(about).get("results_crc32") if about.exists() else None  # None: killed before it was noted
+        if crc32(results) != crc if crc is not None else not _is_json(results.read_bytes()):
+            if not any((self.path / "checkpoints").glob("step-*")):
+                raise ConfigError(
+                    f"{results} is damaged, and no checkpoint is left to make it of; give a new --run_dir"
+                )
+            self._set_aside(results, "made anew from the newest checkpoint")
+
+    def _set_aside(self, file: Path, instead: str) -> None:
+        aside = file.with_name(f"{file.name}.damaged")
+        if file.exists():
+            file.replace(aside)
+        self.say(f"damaged     {file} is not as it was written and is {instead}; what was found is in {aside.name}")
 
     def _check_settings(self, config: TrainingConfig) -> None:
         file = self.path / "config.json"
@@ -99,7 +194,16 @@ class RunFolder:
         """Write run.json anew, `facts` over what it said before."""
         file = self.path / "run.json"
         before = read_json(file) if file.exists() else {"started": now(), **provenance()}
-        write_json(file, {**before, **facts, "updated": now()})
+        about = {**before, **facts, "updated": now()}
+        about["results_crc32"] = crc32(self.path / "results.json") if about.get("state") == "finished" else None
+        write_json(file, about)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), dict)
+    except ValueError:
+        return False
 
 
 def is_held(path: Path) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
@@ -13,15 +17,22 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from train.engine.backend import Backend
-from train.engine.checkpoint import Checkpoints, random_state, save_weights, set_random_state
+from train.engine.checkpoint import KEEP_BEST, Checkpoints, load_state, random_state, save_weights, set_random_state
 from train.engine.config import ConfigError
-from train.engine.guard import Guard
+from train.engine.guard import Guard, TrainingBroken
 from train.engine.limits import Intervals
 from train.engine.metrics import Meter
 from train.engine.run_folder import read_json, write_json
 
 # torch and safetensors say in their own ways that a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+def seed_generators(seed: int) -> None:
+    """All whose state a checkpoint holds: what draws from Python's or numpy's is exact as well."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 @dataclass
@@ -40,6 +51,19 @@ class Progress:
     skipped_steps: int = 0
     metrics_bytes: int = 0
     wandb_id: str | None = None
+
+    def note(self, scores: dict[str, float], monitor: str, mode: str) -> bool:
+        """An evaluation; whether it is among the best. The untrained model's isn't, nor one that is not finite."""
+        self.last = {"step": self.step, "scores": scores}
+        if self.step == 0 or not math.isfinite(scores[monitor]):
+            return False
+        sign = 1 if mode == "min" else -1
+        entry: dict[str, Any] = {"step": self.step, "score": scores[monitor], "scores": scores}
+        is_best = not self.best or sign * entry["score"] < sign * self.best[0]["score"]
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        others = [e for e in self.best if e["step"] != self.step]
+        self.best = sorted([*others, entry], key=lambda e: sign * e["score"])[:KEEP_BEST]
+        return entry in self.best
 
     def load(self, saved: dict) -> None:
         for name, value in saved.items():
@@ -69,6 +93,11 @@ class Snapshot:
         Raises OSError when the disk is full or the folder not ours; earlier checkpoints are then as they were.
         """
         started = time.perf_counter()
+        if not self.backend.are_finite(self.model):
+            raise TrainingBroken(
+                f"after step {self.progress.step} the weights are not finite, and are not saved; lower --lr, or go on "
+                f"from the newest checkpoint in {self.checkpoints.folder}, as the same command does"
+            )
         try:
             self._write()
         except WRITE_ERRORS as error:
@@ -112,13 +141,13 @@ class Snapshot:
                 f"{folder} was written by {writers} process(es) and this launch has {readers}; "
                 "an exact resume needs as many"
             )
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        state = load_state(folder / "optimizer.pt")
         if state["launch"] != backend.name:
             raise ConfigError(
                 f"{folder} was written under {state['launch']} and this launch is {backend.name}; "
                 "an exact resume needs the same launch config"
             )
-        mine = torch.load(folder / f"rank-{backend.rank}.pt", map_location="cpu", weights_only=True)
+        mine = load_state(folder / f"rank-{backend.rank}.pt")
         backend.load_weights(self.model, folder / "model.safetensors")
         backend.load_optimizer_state(mine["optimizer"] if backend.sharded else state["optimizer"])
         self.guard.load_state_dict(state["guard"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from train.engine.backend import Backend
+from train.engine.evaluation import aside
 from train.engine.metrics import read_rows
 from train.engine.plan import peak_flops
 from train.engine.precision import matmul_rate
@@ -101,6 +102,10 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
     progress, backend, book = trainer.progress, trainer.backend, trainer.book
     if progress.last.get("step") != progress.step:
         trainer.evaluate()
+    elif trainer.told_step != progress.step:  # an earlier process evaluated and saved the last step, and then died
+        row = {"step": progress.step, "split": "val", **progress.last["scores"], "elapsed": book.elapsed}
+        with aside(trainer.predict.model):
+            trainer.tell_hooks(row)
     if trainer.saved_step != progress.step:
         trainer.save()
     for hook in trainer.hooks:
@@ -132,6 +137,17 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
         trainer.folder.describe(state="finished", stopped_by=stopped_by)
         for line in results.lines():
             book.say(line)
+    return results
+
+
+def already_finished(trainer: Trainer) -> Results:
+    """What a run came to. Its process may have died after results.json, before others were told of the end."""
+    results = Results.load(trainer.run_dir)
+    if trainer.folder is not None:
+        trainer.folder.describe(state="finished", stopped_by=results.stopped_by)
+        trainer.book.enter_in_database(trainer.run_dir)
+    trainer.book.say(f"{trainer.run_dir} is finished; its results are in {trainer.run_dir / 'results.json'}")
+    trainer.close()
     return results
 
 

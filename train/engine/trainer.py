@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any, Protocol
@@ -14,23 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from train.engine.checkpoint import KEEP_BEST, Checkpoints, find_checkpoint
+from train.engine.checkpoint import Checkpoints, find_checkpoint
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.evaluation import Predictor, aside
 from train.engine.fit import first_micro_batch, fit, recompute_if_asked
 from train.engine.guard import PATIENCE, Guard, TrainingBroken
 from train.engine.launch import open_backend
-from train.engine.limits import LAST_WORDS, Intervals, Limits
+from train.engine.limits import LAST_WORDS, SECONDS_TO_RISK, Intervals, Limits
 from train.engine.logbook import Logbook
 from train.engine.metrics import Row, Stopwatch
 from train.engine.optim import learning_rate, make_optimizer, set_learning_rate
 from train.engine.order import MicroBatches, micro_batches_per_step, order_of, windows
 from train.engine.plan import make_plan
 from train.engine.precision import synchronize
-from train.engine.run_folder import RunFolder, default_run_dir, read_json
+from train.engine.run_folder import RunFolder, begun, default_run_dir, read_json
 from train.engine.signals import EXIT_INTERRUPTED, Signals
-from train.engine.snapshot import Progress, Snapshot
-from train.engine.summary import Results, cpu_matmul_rate, finish
+from train.engine.snapshot import Progress, Snapshot, seed_generators
+from train.engine.summary import Results, already_finished, cpu_matmul_rate, finish
 
 
 class Task(Protocol):
@@ -78,7 +77,9 @@ class Trainer:
         self.guard = Guard(self.backend.device)
         self.signals = Signals()
         self.folder: RunFolder | None = None
+        self.feed: Generator[list[dict]] | None = None
         self.saved_step: int | None = None  # where all that is known is in a checkpoint
+        self.told_step: int | None = None  # of the newest evaluation that this process's hooks have seen
 
     def _planned(self, model: nn.Module | Callable[[Any], nn.Module]) -> nn.Module:
         """The model, with `plan` and, where it was left open, `config` made to fit. --plan ends here."""
@@ -107,8 +108,7 @@ class Trainer:
 
     def _precision_so_far(self) -> str | None:
         """What the run in --run_dir was begun in: a resumed run must not be measured into another precision."""
-        run = self.config.run_dir / "run.json" if self.config.run_dir is not None else None
-        return read_json(run).get("precision") if run is not None and run.exists() else None
+        return begun(self.config.run_dir, "run.json").get("precision")
 
     # ---- from the first line to the last -------------------------------------------------------------------------
 
@@ -116,22 +116,22 @@ class Trainer:
         """Run to the end of the limits. Exits with status 75 when a signal came, after saving."""
         self.run_dir = self.backend.broadcast(self.config.run_dir or default_run_dir())
         if self.backend.on_main(self._open_folder):
-            self.book.say(f"{self.run_dir} is finished; its results are in {self.run_dir / 'results.json'}")
-            self.close()
-            return Results.load(self.run_dir)
-        try:
-            with self.signals:
+            return already_finished(self)
+        with self.signals:  # to the end: a launcher passes on to its processes what the whole group has had already
+            try:
                 self._prepare()
-                if self.progress.step == 0:
+                if not self.progress.last:
                     self.evaluate()
                 results = finish(self, stopped_by=self._loop())
-        except BaseException as error:
-            with suppress(OSError):  # On a full disk this fails too, and the first error is what must be seen.
+            except BaseException as error:
+                # On a full disk these fail too, and the first error is what must be seen.
                 if self.folder is not None and not isinstance(error, SystemExit):
-                    self.folder.describe(state="failed", error=f"{type(error).__name__}: {error}")
-                self.close()
-            raise
-        self.close()
+                    with suppress(OSError):
+                        self.folder.describe(state="failed", error=f"{type(error).__name__}: {error}")
+                with suppress(Exception):
+                    self.close()
+                raise
+            self.close()
         return results
 
     def _open_folder(self) -> bool:
@@ -144,7 +144,7 @@ class Trainer:
         config, backend = self.config, self.backend
         checkpoints = Checkpoints(self.run_dir / "checkpoints")
         source = backend.on_main(lambda: self._source(checkpoints))
-        torch.manual_seed(config.seed + backend.rank)
+        seed_generators(config.seed + backend.rank)
         ema = None
         if config.ema_decay:
             ema = AveragedModel(self.inner, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -162,7 +162,9 @@ class Trainer:
         )
         if source is not None:
             self.snapshot.read(source)
-            if not source.is_relative_to(self.run_dir):
+            if source.is_relative_to(self.run_dir):
+                self.saved_step = self.progress.step
+            else:
                 self.progress.keep_only_step()
         self.limits = Limits(config, self.order.steps_per_epoch, self.progress.spent)
         self._seconds = {"evaluation": 0.0, "save": 12 * self.plan.num_parameters / 2e8}  # until they are measured
@@ -171,7 +173,11 @@ class Trainer:
         steps = self.limits.max_steps
         if self.progress.total_steps is None and steps is not None and not self.limits.has_clock:
             self._fix_length(steps, Intervals.of(config, steps))
+        if self.folder is not None and self.progress.wandb_id is None:
+            self.progress.wandb_id = read_json(self.run_dir / "run.json").get("wandb_id")
         self.book.open(self.run_dir, self.progress)
+        if self.folder is not None:  # or a run that is killed before its first checkpoint would be two on W&B
+            self.folder.describe(wandb_id=self.progress.wandb_id)
 
     def _source(self, checkpoints: Checkpoints) -> Path | None:
         found = checkpoints.newest(self.book.say)
@@ -211,16 +217,19 @@ class Trainer:
     def _loop(self) -> str:
         """Steps until the limits or a signal say otherwise; returns the name of the limit."""
         progress = self.progress
-        feed = self._windows()
+        self.feed = self._windows()
         first_steps: list[float] = []
         while progress.step != progress.total_steps:
+            if progress.step and (stopped_by := self._evaluate_and_save()):
+                return stopped_by
             started = time.perf_counter()
             with self.clock("data"):
-                window = next(feed)
+                window = next(self.feed)
             if progress.step in progress.banned_steps:
-                progress.skipped_steps += 1
+                self.book.meter.left_out()
             elif not self.step(window):
-                feed = self._windows()
+                self.feed.close()
+                self.feed = self._windows()
                 continue
             progress.step += 1
             if progress.total_steps is None:
@@ -266,21 +275,26 @@ class Trainer:
         mine = torch.stack([self.task.num_items(batch) for batch in window]).sum()
         return self.backend.sum(mine).clamp(min=1)
 
-    def _windows(self) -> Iterator[list[dict]]:
+    def _windows(self) -> Generator[list[dict]]:
         backend = self.backend
         sampler = MicroBatches(self.order, self.progress.step, backend.rank, backend.world_size, self.per_step)
         return windows(self.task, sampler, self.config.num_workers, pin_memory=backend.device.type == "cuda")
 
     def _bad_step(self) -> bool:
         """--bad_step stop and rewind: end the run, or go back and leave this step's batch out from then on."""
-        step, source = self.progress.step, self.snapshot.checkpoints.newest(self.book.say)
-        if self.config.bad_step == "stop" or source is None:
+        step = self.progress.step
+        source = self.backend.on_main(lambda: self.snapshot.checkpoints.newest(self.book.say))
+        banned = sorted({*self.progress.banned_steps, step})
+        in_vain = banned[-PATIENCE:] == list(range(step - PATIENCE + 1, step + 1))
+        if self.config.bad_step == "stop" or source is None or in_vain:
+            self.progress.step += 1
+            self._log_row()
             raise TrainingBroken(
                 f"the loss or gradient of step {step} is not finite or has leapt, and --bad_step "
                 f"{self.config.bad_step} ends the run; its newest sound checkpoint: {source or 'none yet'}"
             )
-        banned = sorted({*self.progress.banned_steps, step})
         self.snapshot.read(source)
+        self.saved_step = self.progress.step
         self.progress.banned_steps = banned
         self.book.cut_back(self.progress)
         self.book.say(f"rewind      step {step} was bad; going on from step {self.progress.step} without its batch")
@@ -289,19 +303,28 @@ class Trainer:
     # ---- between steps -------------------------------------------------------------------------------------------
 
     def _between_steps(self, step_seconds: float) -> str:
-        """Rows, evaluations and checkpoints where due. Returns the name of the limit that ends the run, or ""."""
-        progress, every = self.progress, self.progress.intervals
+        """A row where one is due, and whether to go on. Returns the name of the limit that ends the run, or ""."""
+        progress = self.progress
         late = self.limits.out_of_time(step_seconds, sum(self._seconds.values()))
         signal, late = self.backend.any(self.signals.received is not None, late)
         ending = late or progress.step in (progress.total_steps, self.limits.max_steps)
-        if ending or progress.step % every.log == 0:
+        if ending or progress.step % progress.intervals.log == 0:
             self._log_row()
         if ending:
             return self.limits.reason(progress.step, late)
         if signal:
             self._interrupt()
-        better = every.evaluate and progress.step % every.evaluate == 0 and self.evaluate()
-        if better or (every.save and progress.step % every.save == 0):
+        return ""
+
+    def _evaluate_and_save(self) -> str:
+        """What is due after this step and not done: a signal may have come before it, and a run goes on from there.
+
+        Returns the name of the limit that ends the run, or "".
+        """
+        progress, every = self.progress, self.progress.intervals
+        due = every.evaluate and progress.step % every.evaluate == 0 and progress.last.get("step") != progress.step
+        better = due and self.evaluate()
+        if better or (every.save and progress.step % every.save == 0 and self.saved_step != progress.step):
             self.save()
         patience = self.config.early_stopping_patience
         return "early_stopping" if patience and progress.evaluations_since_best >= patience else ""
@@ -322,26 +345,26 @@ class Trainer:
     def evaluate(self) -> bool:
         """A validation row; whether it is among the best. The hooks see it before it returns."""
         progress, task = self.progress, self.task
+        unsaved, slow = (
+            progress.step and self.saved_step != progress.step,
+            self._seconds["evaluation"] > SECONDS_TO_RISK,
+        )
+        if unsaved and self.backend.any(slow)[0]:
+            self.save()
         started = time.perf_counter()
         with self.book.pause(), aside(self.predict.model):
             scores = self.backend.broadcast(task.evaluate(self.predict))
-            row = self.book.val_row(progress, scores)
-            for hook in self.hooks:
-                hook(self, row)
-        self.limits.last_words = LAST_WORDS + sum(getattr(hook, "seconds_at_end", 0.0) for hook in self.hooks)
+            self.tell_hooks(self.book.val_row(progress, scores))
         self.clock.add("evaluation", time.perf_counter() - started)
         self._seconds["evaluation"] = time.perf_counter() - started
-        progress.last = {"step": progress.step, "scores": scores}
         self.saved_step = None
-        if progress.step == 0 or not math.isfinite(scores[task.monitor]):
-            return False
-        sign = 1 if task.mode == "min" else -1
-        entry: dict[str, Any] = {"step": progress.step, "score": scores[task.monitor], "scores": scores}
-        is_best = not progress.best or sign * entry["score"] < sign * progress.best[0]["score"]
-        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
-        others = [e for e in progress.best if e["step"] != progress.step]
-        progress.best = sorted([*others, entry], key=lambda e: sign * e["score"])[:KEEP_BEST]
-        return entry in progress.best
+        return progress.note(scores, task.monitor, task.mode)
+
+    def tell_hooks(self, row: Row) -> None:
+        for hook in self.hooks:
+            hook(self, row)
+        self.told_step = row["step"]
+        self.limits.last_words = LAST_WORDS + sum(getattr(hook, "seconds_at_end", 0.0) for hook in self.hooks)
 
     def save(self) -> None:
         with self.book.pause(), self.clock("saving"):
@@ -367,9 +390,13 @@ class Trainer:
                   f"{every.evaluate}, a checkpoint every {every.save}")  # fmt: skip
 
     def close(self) -> None:
-        """Let go of trackers, the run folder's lock, model and optimizer."""
-        self.book.close()
-        self.book.conclude()
-        if self.folder is not None:
-            self.folder.release()
-        self.backend.close()
+        """Let go of trackers, the run folder's lock, model and optimizer: of each, whatever becomes of the others."""
+        with ExitStack() as last_first:
+            last_first.callback(self.backend.close)
+            if self.folder is not None:
+                last_first.callback(self.folder.release)
+            last_first.callback(self.book.conclude)
+            last_first.callback(self.book.close)
+            if self.feed is not None:
+                # Workers ignore the SIGTERM that is to end them when the interpreter does: it would wait for ever.
+                last_first.callback(self.feed.close)
