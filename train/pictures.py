@@ -148,7 +148,7 @@ class EnergyPicture(Picture):
         file = trainer.run_dir / "energy.jsonl"
         # Rows of this step or later are from before a resume or a rewind, and did not happen.
         rows = [earlier for earlier in (read_rows(file) if file.exists() else []) if earlier["step"] < row["step"]]
-        rows.append({"step": row["step"], "split": row["split"], "scales": new})
+        rows.append({"step": row["step"], "split": "val", "scales": new})
         write_whole(file, "".join(json.dumps(r) + "\n" for r in rows))
         self.due(lambda: draw_energy(rows, trainer.run_dir / "plots" / "energy.png"))
 

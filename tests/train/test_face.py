@@ -209,9 +209,13 @@ def swallowed(source: str) -> list[int]:
 def test_no_failure_looks_like_success():
     assert swallowed("try:\n    f()\nexcept Exception as e:\n    print(e)") == [3]
     floors = (ROOT / floor for floor in ("kernels", "models", "tasks", "train"))
-    assert {
-        str(file): lines for floor in floors for file in floor.rglob("*.py") if (lines := swallowed(file.read_text()))
-    } == {}
+    found = {
+        file.relative_to(ROOT).as_posix(): len(lines)
+        for floor in floors
+        for file in floor.rglob("*.py")
+        if (lines := swallowed(file.read_text()))
+    }
+    assert found == {"train/engine/metrics.py": 1}  # wandb's errors have no common class; that it is lost is said
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

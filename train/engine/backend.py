@@ -51,7 +51,7 @@ class Backend:
         self.rank, self.world_size, self.is_main = state.process_index, state.num_processes, state.is_main_process
         if self.device.type == "cpu":
             use_all_cores()
-        if begun_in in PRECISIONS and config.mixed_precision == "auto":
+        if begun_in is not None and begun_in in PRECISIONS and config.mixed_precision == "auto":
             self.precision, self.precision_reason = begun_in, "as the run began"
         else:
             choice = self.on_main(lambda: choose_precision(config.mixed_precision, self.device))
