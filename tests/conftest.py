@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,6 +18,15 @@ def _cache_of_our_own(tmp_path_factory):
     """Corpora are cached in a folder that lives as long as the tests."""
     os.environ["TENFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tensors of tests are tiny. Threads that wait for each other on a busy machine make them fifty times as slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.engine.backend.use_all_cores", lambda: torch.set_num_threads(1))
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture
