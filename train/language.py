@@ -226,13 +226,21 @@ class LanguageTask(TextTask):
         self.causality: dict[str, Any] = {}  # of the newest check, for results.json
 
     def evaluate(self, predict: Any) -> dict[str, float]:
+        self.check(predict)
+        return super().evaluate(predict)
+
+    def check(self, predict: Any) -> None:
         self.causality.update(check_causality(predict.model))
         if not self.causality["causal"]:
             raise TrainingBroken(
                 f"the model sees the future: changing tokens moved a prediction before them ({self.causality}), so its "
                 "scores would mean nothing; this is a defect of the model's code"
             )
-        return super().evaluate(predict)
+
+    def checked(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """A hook: the process that evaluated may have been killed before it could write what it found."""
+        if not self.causality:
+            self.check(trainer.predict)
 
 
 def make_task(config: LanguageConfig) -> LanguageTask:
@@ -269,7 +277,7 @@ def main(config: str = "nano", argv: Sequence[str] | None = None) -> Results | N
             return model.to(torch.bfloat16) if settings.weights == "bf16" else model
 
         samples = SampleSettings(prompt=settings.prompt, max_new_tokens=20 if settings.tiny else 100)
-        hooks = [Samples(task.tokenizer, samples), SpectrumPicture(), EnergyPicture()]
+        hooks = [task.checked, Samples(task.tokenizer, samples), SpectrumPicture(), EnergyPicture()]
         trainer = Trainer(build, settings, task, hooks)
         if settings.dry_run:
             return dry_run(trainer, settings.dry_samples)

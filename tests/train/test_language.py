@@ -64,6 +64,16 @@ def test_a_run_leaves_everything_and_its_sample_can_be_had_again(tmp_path, run_c
     assert sampled == (run / "samples" / "step-00000008.txt").read_text(encoding="utf-8")
 
 
+def test_what_was_found_is_told_though_the_process_that_found_it_was_killed_at_the_end(run_command):
+    command = f"{TINY} --max_steps 2"
+    run_command(command)
+    results = Path("run/results.json")
+    before = read_json(results)
+    results.unlink()
+    run_command(command)
+    assert read_json(results)["report"] == before["report"] and before["report"]["causality"]["causal"]
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
