@@ -156,7 +156,9 @@ def test_scores(task: MoleculeTask, mapped: Mapped) -> dict[str, float]:
     scores["ramachandran_tv"] = total_variation(again, direct, weights)
     for name, phi, of in (("left_handed", again[0], weights), ("left_handed_direct", direct[0], None)):
         basin = basin_free_energy(phi, cold, of)
-        scores |= {name: float(basin.value), f"{name}_se": float(basin.error)}
+        known = {name: float(basin.value), f"{name}_se": float(basin.error)}
+        # No error is known where a group never was there: JSON has no NaN.
+        scores |= {key: value for key, value in known.items() if np.isfinite(value)}
     scores["energy_overlap"] = overlap(mapped.hot_energy, mapped.to_hot_energy)
     return scores
 
