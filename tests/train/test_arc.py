@@ -28,6 +28,14 @@ def puzzle(id: str, seed: int, pairs: int = 3) -> Puzzle:
     return Puzzle(id, tuple(shown[1:]), (shown[0],))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_seconds_spent_on_the_machines_speed():
+    with pytest.MonkeyPatch.context() as patch:
+        for user in ("precision", "summary"):
+            patch.setattr(f"train.engine.{user}.matmul_rate", lambda *args, **kwargs: 1e12)
+        yield
+
+
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory):
     folder = tmp_path_factory.mktemp("champion") / "run"
@@ -206,7 +214,19 @@ def test_training_at_test_time_changes_a_copy_only(champion, bundle):
 
 def test_the_ladder_sets_experiments_of_equal_steps_side_by_side(tmp_path):
     root = tmp_path / "ladder"
-    flags = ["--experiments", "encoder_decoder", "grid2d", "--seeds", "2", "--free_run", "0", "--run_dir", str(root)]
+    flags = [
+        "--experiments",
+        "encoder_decoder",
+        "grid2d",
+        "--seeds",
+        "2",
+        "--free_run",
+        "0",
+        "--free_run_at_end",
+        "2",
+        "--run_dir",
+        str(root),
+    ]
     summary = arc_ladder.main([*TINY, *flags])
     rows = summary["experiments"]
     assert [row["steps"] for row in rows.values()] == [[2, 2], [2, 2]] and set(summary["steps_up"]) == {
