@@ -34,8 +34,8 @@ def read_arrays(source: Path, names: Sequence[str]) -> list[np.ndarray]:
                 arrays = [kept[name] for name in names]
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception:  # of numpy, zipfile, zlib and tokenize each has several words of its own for damage
-        raise ValueError(f"{source}: it doesn't hold the arrays {', '.join(names)}, or they are damaged") from None
+    except Exception as error:  # of numpy, zipfile, zlib and tokenize each has several words of its own for damage
+        raise ValueError(f"{source}: it doesn't hold the arrays {', '.join(names)}, or they are damaged") from error
     if not all(isinstance(array, np.ndarray) for array in arrays):
         raise ValueError(f"{source}: it doesn't hold the arrays {', '.join(names)}, but archives under their names")
     return arrays

@@ -345,11 +345,8 @@ class Trainer:
     def evaluate(self) -> bool:
         """A validation row; whether it is among the best. The hooks see it before it returns."""
         progress, task = self.progress, self.task
-        unsaved, slow = (
-            progress.step and self.saved_step != progress.step,
-            self._seconds["evaluation"] > SECONDS_TO_RISK,
-        )
-        if unsaved and self.backend.any(slow)[0]:
+        unsaved = progress.step and self.saved_step != progress.step
+        if unsaved and self.backend.any(self._seconds["evaluation"] > SECONDS_TO_RISK)[0]:
             self.save()
         started = time.perf_counter()
         with self.book.pause(), aside(self.predict.model):
