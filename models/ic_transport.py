@@ -7,8 +7,8 @@
     model.transport(x, 300.0, 450.0)                        # y, log-determinant
 
 A harmonic coordinate deviates from its mean as √T. A flow without couplings, or one that has learned nothing, scales
-the stiff coordinates so; soft dihedrals, which turn, it leaves alone. The couplings stand before that scaling, in units
-of the cold ensemble, and what they do is proportional to
+the stiff coordinates so; soft dihedrals, which turn, it leaves alone, and peptide bonds stay trans or cis, whichever
+they are. The couplings stand before that scaling, in units of the cold ensemble, and what they do is proportional to
 
     τ = ln(T / t_cold) / ln(t_hot / t_cold)
 
@@ -36,10 +36,13 @@ TOLD = 3 + 2 * HARMONICS  # of an atom: bond, angle, stiff dihedral; sines and c
 
 @dataclass(frozen=True, kw_only=True)
 class ICTransportConfig(TransportConfig):
-    """zmatrix: see `InternalCoordinates`. soft: dihedrals that turn rather than vibrate, counted from its third row."""
+    """zmatrix: see `InternalCoordinates`. Dihedrals are counted from its third row. soft: those that turn rather than
+    vibrate. flips: stiff ones with two states half a turn apart (a peptide bond's, trans and cis), each left as it is.
+    """
 
     zmatrix: tuple[tuple[int, int, int, int], ...]
     soft: tuple[int, ...]
+    flips: tuple[int, ...] = ()
     num_couplings: int = 8  # 0: the √T map
     num_bins: int = 8
     d_ff: int = 128
@@ -47,15 +50,20 @@ class ICTransportConfig(TransportConfig):
     def __post_init__(self) -> None:
         # From JSON and numpy alike.
         object.__setattr__(self, "zmatrix", tuple(tuple(int(atom) for atom in row) for row in self.zmatrix))
-        object.__setattr__(self, "soft", tuple(int(k) for k in self.soft))
+        for name in ("soft", "flips"):
+            object.__setattr__(self, name, tuple(int(k) for k in getattr(self, name)))
         super().__post_init__()
 
     def problems(self) -> list[str]:
         found = super().problems() + zmatrix_problems(self.zmatrix)
         found += self.below(0, "num_couplings") + self.below(2, "num_bins") + self.below(1, "d_ff")
         count = len(self.zmatrix) - 2
-        if len(set(self.soft)) < len(self.soft) or not all(0 <= k < count for k in self.soft):
-            found.append(f"soft must name some of the {count} dihedrals, counted from 0, once each, not {self.soft}")
+        named = self.soft + self.flips
+        if len(set(named)) < len(named) or not all(0 <= k < count for k in named):
+            found.append(
+                f"soft and flips must name some of the {count} dihedrals, counted from 0, once each, not {self.soft} "
+                f"and {self.flips}"
+            )
         return found
 
 
@@ -73,7 +81,7 @@ class Layout:
         n, self.zmatrix = len(config.zmatrix), config.zmatrix
         self.atom = [config.zmatrix[row][0] for row in (*range(n), *range(1, n), *range(2, n))]  # that it places
         self.kind = [0] * n + [1] * (n - 1) + [2] * (n - 2)
-        self.soft = [2 * n - 1 + k for k in config.soft]
+        self.soft, self.flips = ([2 * n - 1 + k for k in of] for of in (config.soft, config.flips))
 
     def moved(self, coupling: int) -> list[int]:
         """In turn: the dihedrals, all but them, the atoms at an even number of bonds from the root, at an odd one."""
@@ -83,9 +91,11 @@ class Layout:
         return [k for k in range(len(self.atom)) if first[k] == (coupling % 2 == 0)]
 
     def told(self, moved: list[int]) -> list[int]:
-        """By atom, TOLD columns of (q, sines and cosines of soft dihedrals, 0): of what is not moved, or the last."""
+        """By atom, TOLD columns of (q, sines and cosines of soft dihedrals, whether others are turned over, 0): of what
+        is not moved, or the last. No coupling turns a dihedral over, so all are told of that."""
         size, waves = len(self.atom), len(self.soft) * HARMONICS
-        nothing = size + 2 * waves
+        over = size + 2 * waves
+        nothing = over + len(self.flips)
         table = [[nothing] * TOLD for _ in range(len(self.zmatrix) + 1)]
         for k in set(range(size)) - set(moved):
             row = table[self.atom[k]]
@@ -94,6 +104,8 @@ class Layout:
                 row[3:] = [*range(start, start + HARMONICS), *range(start + waves, start + waves + HARMONICS)]
             else:
                 row[self.kind[k]] = k
+        for column, k in enumerate(self.flips, over):
+            table[self.atom[k]][3] = column
         return [column for row in table for column in row]
 
     def distances(self) -> list[list[int]]:
@@ -150,9 +162,9 @@ class Coupling(nn.Module):
         # Where the ends of a circle meet its spline is the identity: opposite places in even and odd rounds.
         self.seam = math.pi * (index // 4 % 2)
 
-    def forward(self, z: Tensor, tau: float, inverse: bool) -> tuple[Tensor, Tensor]:
-        """z [B, 3N - 6] -> z, log-determinant [B]."""
-        widths, heights, slopes = (tau * self._knots(z, tau)).split([self.bins, self.bins, self.bins - 1], -1)
+    def forward(self, z: Tensor, over: Tensor, tau: float, inverse: bool) -> tuple[Tensor, Tensor]:
+        """z [B, 3N - 6], flips that are turned over [B, flips] -> z, log-determinant [B]."""
+        widths, heights, slopes = (tau * self._knots(z, over, tau)).split([self.bins, self.bins, self.bins - 1], -1)
         spline = MonotonicRQSTransform(widths, heights, slopes, bound=BOUND)
         moved = self._turned(z.index_select(1, self.moved), -self.seam)
         moved, logdet = (spline.inv if inverse else spline).call_and_ladj(moved)
@@ -161,10 +173,10 @@ class Coupling(nn.Module):
     def _turned(self, moved: Tensor, angle: float) -> Tensor:
         return torch.where(self.circle, wrap(moved + angle), moved)
 
-    def _knots(self, z: Tensor, tau: float) -> Tensor:
+    def _knots(self, z: Tensor, over: Tensor, tau: float) -> Tensor:
         """[B, moved, 3 bins - 1], from what is not moved."""
         waves = torch.stack([k * z.index_select(1, self.soft) for k in range(1, HARMONICS + 1)], -1).flatten(1)
-        known = torch.cat([z, waves.sin(), waves.cos(), z.new_zeros(len(z), 1)], 1)
+        known = torch.cat([z, waves.sin(), waves.cos(), over, z.new_zeros(len(z), 1)], 1)
         h = self.tokens(known.index_select(1, self.told).unflatten(1, (-1, TOLD)))  # [B, N, D]
         h = h + (tau * self.warmth[0] + tau**2 * self.warmth[1])
         bias = self.near[:, self.distances]  # [H, N, N]
@@ -178,6 +190,8 @@ class Coupling(nn.Module):
 class ICSplineTransport(Transport):
     config: ICTransportConfig
     stiff: Tensor
+    flips: Tensor
+    reach: Tensor
     mean: Tensor
     drift: Tensor
     excess: Tensor
@@ -192,6 +206,10 @@ class ICSplineTransport(Transport):
         self.sizes = [n, n - 1, n - 2]
         stiff = torch.tensor([k not in layout.soft for k in range(sum(self.sizes))])
         self.register_buffer("stiff", stiff, persistent=False)
+        self.register_buffer("flips", torch.tensor(layout.flips, dtype=torch.int64), persistent=False)
+        reach = torch.full((len(stiff),), math.pi)  # of a deviation from the mean
+        reach[layout.flips] = math.pi / 2
+        self.register_buffer("reach", reach, persistent=False)
         # At t_cold, and how far it moves up to t_hot; one unit of the splines.
         for name in ("mean", "drift", "unit"):
             self.register_buffer(name, torch.full((len(stiff),), torch.nan))
@@ -221,12 +239,19 @@ class ICSplineTransport(Transport):
         """Mean and standard deviation of each coordinate, [3N - 6], in float64; of angles about the circular mean."""
         q = torch.cat(self.coordinates(x.to(self.mean.device, torch.float64))[:3], 1)
         centre = torch.atan2(q.sin().mean(0), q.cos().mean(0))  # of a bond in nm, too, near enough to its mean
-        deviation = self._wrapped(q - centre)
+        deviation = self._folded(self._wrapped(q - centre))[0]
         return self._wrapped(centre + deviation.mean(0)), deviation.std(0)
 
     def _wrapped(self, q: Tensor) -> Tensor:
         bonds, angles, dihedrals = q.split(self.sizes, -1)
         return torch.cat([bonds, angles, wrap(dihedrals)], -1)
+
+    def _folded(self, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """Deviations [B, 3N - 6], those of flips from the nearer of their two states; and 1 where that is the one half
+        a turn from the mean, else 0 [B, flips]."""
+        of_flips = deviation.index_select(1, self.flips)
+        over = (of_flips.abs() > math.pi / 2).to(of_flips)
+        return deviation.index_copy(1, self.flips, wrap(of_flips + math.pi * over)), over
 
     # ---- the map -----------------------------------------------------------------------------------------------------
 
@@ -247,11 +272,13 @@ class ICSplineTransport(Transport):
         logdet = log_scale.sum()
         if inverse:
             source, target, logdet = target, source, -logdet
-        z = self._wrapped(q - source[0]) / source[1]
+        z, over = self._folded(self._wrapped(q - source[0]))
+        z = z / source[1]
         for coupling in reversed(self.couplings) if inverse else self.couplings:
-            z, more = coupling(z, tau, inverse)
+            z, more = coupling(z, over, tau, inverse)
             logdet = logdet + more
         deviation = z * target[1]
-        # A stiff dihedral that the scaling takes more than half way round would come back as another.
-        too_far = ((deviation.abs() > math.pi) & self.stiff).any(1)
+        # A stiff dihedral that the scaling takes more than half way to its next state would come back as another.
+        too_far = ((deviation.abs() > self.reach) & self.stiff).any(1)
+        deviation = deviation.index_add(1, self.flips, math.pi * over)
         return self._wrapped(target[0] + deviation), torch.where(too_far, -torch.inf, logdet)

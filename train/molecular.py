@@ -228,7 +228,8 @@ def build(run: MoleculeRun, task: MoleculeTask) -> Flow:
 
 def ic_config(run: MoleculeRun, task: MoleculeTask, **size: Any) -> ICTransportConfig:
     system = task.system
-    return ICTransportConfig(zmatrix=system.zmatrix, soft=system.soft, t_cold=run.t_cold, t_hot=run.t_hot, **size)
+    molecule = {"zmatrix": system.zmatrix, "soft": system.soft, "flips": system.flips}
+    return ICTransportConfig(**molecule, t_cold=run.t_cold, t_hot=run.t_hot, **size)
 
 
 def baselines_of(run: MoleculeRun, task: MoleculeTask, device: torch.device | str = "cpu") -> dict[str, Transport]:

@@ -29,7 +29,7 @@ from tasks.molecule.system import System
 from tasks.molecule.tempering import Tempering
 from tasks.reading import read_arrays
 
-VERSION = 1  # raise it with any change to what is simulated
+VERSION = 2  # raise it with any change to what is simulated
 LADDER = (300.0, 450.0, 670.0, 1000.0)  # K; phi > 0 is reached within nanoseconds only from the hot end
 SWAP_EVERY_PS = 0.5  # about as long as an energy is remembered (tau_int 0.5 ps at 300 K)
 ANNEALED = 0.25  # of the equilibration: without swaps, from the hottest temperature down to each one's own
@@ -185,13 +185,13 @@ def _simulate(system: System, potential: Any, recipe: Recipe, watch: _Watch) -> 
             watch.advance(move_ps)
     settling = Tempering(potential, masses, recipe.ladder, x, **settings)
     while equilibrated < recipe.equilibration_ps and not watch.late(EQUILIBRATION_SHARE):
-        _move(settling, recipe)
+        _move(settling, recipe, system)
         equilibrated += move_ps
         watch.advance(move_ps)
     run, frames = Tempering(potential, masses, recipe.ladder, settling.x, **settings), []
     while len(frames) < recipe.frames and not (watch.late() and len(frames) >= LEAST_FRAMES):
         for _ in range(recipe.moves[0]):
-            _move(run, recipe)
+            _move(run, recipe, system)
         run.x -= run.x.mean(-2, keepdim=True)  # far from the origin float32 loses digits
         frames.append(run.x.cpu())
         watch.advance(recipe.frame_every_ps)
@@ -211,10 +211,11 @@ def _simulate(system: System, potential: Any, recipe: Recipe, watch: _Watch) -> 
     return Trajectories(x, energies, recipe.ladder, info | {"tau_ps": _correlation(system, recipe, x, energies)})
 
 
-def _move(chains: Tempering, recipe: Recipe) -> None:
+def _move(chains: Tempering, recipe: Recipe, system: System) -> None:
     chains.move()
     if chains.moves % recipe.moves[1] == 0:
         chains.swap()
+        chains.flip(system.flip_axes)
 
 
 @torch.no_grad()

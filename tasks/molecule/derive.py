@@ -30,7 +30,8 @@ ATOMS = {
 }
 # The z-matrix with ideal values: atom; the atoms that its bond, angle and dihedral refer to; nm, degrees, degrees. The
 # first bonds are the molecule's bonds. Of the atoms behind a bond that turns, one carries the turn ("soft") and the
-# others stand relative to it. φ and ψ are those of C7eq, the deepest basin; CB at -122.5 makes the residue L.
+# others stand relative to it; so behind a peptide bond, which can turn over ("flip") from trans to cis. φ and ψ are
+# those of C7eq, the deepest basin; CB at -122.5 makes the residue L.
 ROOT = "ALA-N"
 ZMATRIX = """
 ALA-CA   ALA-N                        0.1449
@@ -41,9 +42,9 @@ ALA-CB   ALA-CA  ALA-N    ALA-C       0.1526  109.7  -122.5
 ALA-HA   ALA-CA  ALA-N    ALA-C       0.1090  109.5   118.0
 ALA-O    ALA-C   ALA-CA   NME-N       0.1229  120.4   180.0
 ALA-H    ALA-N   ALA-CA   ACE-C       0.1010  118.0   180.0
-ACE-CH3  ACE-C   ALA-N    ALA-CA      0.1522  116.6   180.0
+ACE-CH3  ACE-C   ALA-N    ALA-CA      0.1522  116.6   180.0  flip
 ACE-O    ACE-C   ALA-N    ACE-CH3     0.1229  122.9   180.0
-NME-C    NME-N   ALA-C    ALA-CA      0.1449  121.9   180.0
+NME-C    NME-N   ALA-C    ALA-CA      0.1449  121.9   180.0  flip
 NME-H    NME-N   ALA-C    NME-C       0.1010  120.0   180.0
 ALA-HB1  ALA-CB  ALA-CA   ALA-N       0.1090  109.5    60.0  soft
 ALA-HB2  ALA-CB  ALA-CA   ALA-HB1     0.1090  109.5   120.0
@@ -79,7 +80,7 @@ class Row(NamedTuple):
     atom: str
     refers: list[str]
     values: list[float]  # nm, degrees, degrees
-    soft: bool
+    turns: str  # soft, flip, or empty
 
 
 def rows() -> list[Row]:
@@ -87,8 +88,9 @@ def rows() -> list[Row]:
     for line in ZMATRIX.strip().splitlines():
         words = line.split()
         names = [word for word in words if word.split("-")[0] in ATOMS]
-        soft = words[-1] == "soft"
-        parsed.append(Row(names[0], names[1:], [float(word) for word in words[len(names) : len(words) - soft]], soft))
+        turns = words[-1] if words[-1] in ("soft", "flip") else ""
+        values = [float(word) for word in words[len(names) : len(words) - bool(turns)]]
+        parsed.append(Row(names[0], names[1:], values, turns))
     return parsed
 
 
@@ -267,7 +269,8 @@ def derive() -> dict[str, Any]:
         "phi": [index[name] for name in PHI],
         "psi": [index[name] for name in PSI],
         "zmatrix": [([index[name] for name in (row.atom, *row.refers)] + [-1, -1])[:4] for row in table],
-        "soft": [i for i, row in enumerate(table[2:]) if row.soft],
+        "soft": [i for i, row in enumerate(table[2:]) if row.turns == "soft"],
+        "flips": [i for i, row in enumerate(table[2:]) if row.turns == "flip"],
         "positions": minimum.tolist(),
         **parameters(system),
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tasks.reading import parsed
 
-VERSION = 1  # of the format of the JSON
+VERSION = 2  # of the format of the JSON
 ALA2 = Path(__file__).with_name("ala2.json")
 ALA2_CENTRE = (6, 8, 14, 10)  # N, CA, C and CB of the alanine, of which `is_l` asks the hand
 KB = 8.314462618e-3  # kJ/mol/K
@@ -83,7 +83,8 @@ class System:
 
     `zmatrix` has N - 1 rows (atom, bonded-to, angle-to, dihedral-to), each atom after those that it refers to; the
     first row has -1 for the angle and the dihedral, the second for the dihedral, and zmatrix[0][1] is at the root.
-    `soft` are the dihedrals, counted from the third row, that turn rather than vibrate.
+    `soft` are the dihedrals, counted from the third row, that turn rather than vibrate; `flips` vibrate about either of
+    two states half a turn apart, as a peptide bond's does about trans and cis.
     """
 
     name: str
@@ -103,6 +104,7 @@ class System:
     coulomb: float  # kJ/mol nm/e²
     zmatrix: tuple[tuple[int, int, int, int], ...]
     soft: tuple[int, ...]
+    flips: tuple[int, ...]
     phi: tuple[int, int, int, int]
     psi: tuple[int, int, int, int]
     hash: str  # sha256 of all the above
@@ -110,6 +112,19 @@ class System:
     @property
     def num_atoms(self) -> int:
         return len(self.atoms)
+
+    @property
+    def flip_axes(self) -> list[tuple[list[int], list[int]]]:
+        """Of each of `flips`: the two atoms of its bond, and those behind the second, which turn over with it."""
+        return [self._behind(self.zmatrix[k + 2]) for k in self.flips]
+
+    def _behind(self, row: tuple[int, int, int, int]) -> tuple[list[int], list[int]]:
+        _, second, first, _ = row
+        behind = {second}
+        for atom, parent, *_ in self.zmatrix:  # parents come before
+            if parent in behind:
+                behind.add(atom)
+        return [first, second], sorted(behind - {second})
 
 
 def load_system(path: str | Path = ALA2) -> System:
@@ -129,7 +144,7 @@ def load_system(path: str | Path = ALA2) -> System:
             shape, wanted = (count, *(3,) * (name == "positions")), f"a finite row for each of {count} atoms"
             fields[name] = _numbers(name, content.pop(name), shape, wanted)
         fields["coulomb"] = float(_numbers("coulomb", content.pop("coulomb"), (), "a finite number"))
-        for name, length in (("soft", None), ("phi", 4), ("psi", 4)):
+        for name, length in (("soft", None), ("flips", None), ("phi", 4), ("psi", 4)):
             places = _numbers(name, content.pop(name), (length,), f"places below {count}", below=count)
             fields[name] = tuple(places.tolist())
         rows = _numbers("zmatrix", content.pop("zmatrix"), (None, 4), "rows of 4 atoms or -1", below=count, least=-1)
@@ -164,6 +179,8 @@ def _numbers(
     except ValueError:  # rows of different lengths
         array = np.array(None)
     whole = below is not None or name.endswith("periodicity")
+    if whole and not array.size:  # of which NumPy knows no kind
+        array = array.astype(int)
     fits = len(array.shape) == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
     if not fits or array.dtype.kind not in ("iu" if whole else "iuf") or not np.isfinite(array).all():
         raise ValueError(f"{name} needs {wanted}")
@@ -207,3 +224,9 @@ def _check(system: System) -> None:
         placed.add(atom)
     if placed != set(range(system.num_atoms)):
         raise ValueError(f"the z-matrix places {len(placed)} of {system.num_atoms} atoms")
+    parents = {atom: parent for atom, parent, *_ in system.zmatrix}
+    dihedrals = dict(enumerate(system.zmatrix[2:]))
+    if any(k not in dihedrals or parents.get(dihedrals[k][1]) != dihedrals[k][2] for k in system.flips):
+        raise ValueError(
+            "flips needs dihedrals, from the third row, whose angle goes to the parent of their own parent"
+        )

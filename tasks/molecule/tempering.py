@@ -11,14 +11,14 @@ not change while the chain runs. b = 1 / (k T), in mol/kJ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.molecule.dynamics import draw_velocities, langevin
+from tasks.molecule.dynamics import draw_velocities, flip, langevin
 from tasks.molecule.system import beta
 
 # transport(x [B, N, 3] float64, t_from, t_to) -> (y [B, N, 3], log|det J| [B])
@@ -159,6 +159,14 @@ class Tempering:
             self._swap(k)
         self._trips.visit(self.labels)
         self.cycles += 1
+
+    def flip(self, axes: Iterable[tuple[list[int], list[int]]]) -> None:
+        """After swaps: a half turn about each bond (`System.flip_axes`), tried at every temperature. Velocities stay,
+        for they don't depend on positions."""
+        for axis in axes:
+            settings = {"generator": self.generator}
+            self.x, self.energies, _ = flip(self.potential, self.x, self.energies, self._kelvin, *axis, **settings)
+            self.energy_calls += self.labels.numel()
 
     def _swap(self, k: int) -> None:
         """Of places k and k + 1 in every group; velocities of what moved are drawn anew at the new temperature."""

@@ -86,11 +86,35 @@ def test_a_dihedral_that_would_overtake_itself_has_no_image():
     """Half way round from its mean a stiff dihedral cannot be scaled up: it would land on the image of another."""
     model, x = build("ic"), frames(2, seed=3)
     q = COORDINATES(x)
-    stiff = next(k for k in range(19) if k not in SYSTEM.soft)
+    stiff = next(k for k in range(19) if k not in SYSTEM.soft + SYSTEM.flips)
     q.dihedrals[0, stiff] = wrap(model.mean[41 + stiff] + 3.0)
     shape, _ = COORDINATES.inverse(*q[:3])
     logdet = model.transport(shape, 300.0, 450.0)[1]
     assert logdet[0] == -math.inf and logdet[1].isfinite()
+    assert model.transport(shape, 450.0, 300.0)[1].isfinite().all()
+
+
+def test_a_peptide_bond_stays_trans_or_cis():
+    """Its deviations from either state are scaled alike, and the couplings know which of them it is in."""
+    model, (x, cis) = build("ic", num_couplings=0), (frames(8, seed=3, cis=cis) for cis in (False, True))
+    (y, logdet), (y_cis, logdet_cis) = model.transport(x, 300.0, 450.0), model.transport(cis, 300.0, 450.0)
+    turned = difference(coordinates(cis), coordinates(x))
+    assert turned.abs().sum() == pytest.approx(8 * math.pi)
+    assert difference(coordinates(y_cis), coordinates(y) + turned).abs().max() < 1e-6
+    torch.testing.assert_close(logdet_cis - logdet, torch.zeros(8, dtype=torch.float64), atol=1e-9, rtol=0)
+    model = build("ic", moved=0.05)
+    y, y_cis = (coordinates(model.transport(shape, 300.0, 450.0)[0]) for shape in (x, cis))
+    known = difference(y_cis, y + turned).abs().amax(1)
+    assert (known[turned.abs().amax(1) < 1e-6] < 1e-6).all() and (known[turned.abs().amax(1) > 1] > 1e-3).all()
+
+
+def test_a_peptide_bond_that_would_turn_over_has_no_image():
+    model, x = build("ic"), frames(2, seed=3)
+    q = COORDINATES(x)
+    k = SYSTEM.flips[0]
+    q.dihedrals[:, k] = wrap(model.mean[41 + k] + torch.tensor([1.5, 1.2]))  # by 1.22: 1.84 and 1.47
+    shape, _ = COORDINATES.inverse(*q[:3])
+    assert model.transport(shape, 300.0, 450.0)[1].isfinite().tolist() == [False, True]
     assert model.transport(shape, 450.0, 300.0)[1].isfinite().all()
 
 
@@ -100,7 +124,7 @@ def test_couplings_move_every_coordinate_by_others():
     assert torch.equal(moved.bincount(minlength=60), torch.full((60,), 2))
     z = torch.randn(1, 60, dtype=torch.float64, requires_grad=True)
     for coupling in model.couplings:
-        (seen,) = torch.autograd.grad(coupling._knots(z, 1.0).sum(), z)
+        (seen,) = torch.autograd.grad(coupling._knots(z, z.new_zeros(1, len(SYSTEM.flips)), 1.0).sum(), z)
         others = torch.ones(60, dtype=torch.bool)
         others[coupling.moved] = False
         assert torch.equal(seen[0] != 0, others)

@@ -25,8 +25,11 @@ def rotations(count: int, generator: torch.Generator) -> Tensor:
     return q * torch.linalg.det(q)[:, None, None]
 
 
-def frames(count: int = 16, *, seed: int = 0, hotter: float = 1.0, turning: float = torch.pi) -> Tensor:
-    """Shapes about the minimum, soft dihedrals turned by up to `turning`, anywhere in space: float64 [B, N, 3]."""
+def frames(
+    count: int = 16, *, seed: int = 0, hotter: float = 1.0, turning: float = torch.pi, cis: bool = False
+) -> Tensor:
+    """Shapes about the minimum, soft dihedrals turned by up to `turning`, anywhere in space: float64 [B, N, 3]. cis: of
+    every two the second has its first peptide bond turned over, of every four the last two their second."""
     generator = torch.Generator().manual_seed(seed)
     minimum = COORDINATES(torch.as_tensor(SYSTEM.positions, dtype=torch.float64)[None])
     q = [
@@ -35,6 +38,8 @@ def frames(count: int = 16, *, seed: int = 0, hotter: float = 1.0, turning: floa
     ]
     turned = turning * (2 * torch.rand(count, len(SYSTEM.soft), dtype=torch.float64, generator=generator) - 1)
     q[2][:, list(SYSTEM.soft)] += turned
+    for bit, k in enumerate(SYSTEM.flips):
+        q[2][:, k] += torch.pi * cis * (torch.arange(count) >> bit & 1)
     x, _ = COORDINATES.inverse(*q)
     return x @ rotations(count, generator) + torch.randn(count, 1, 3, dtype=torch.float64, generator=generator)
 
@@ -43,7 +48,7 @@ def build(kind: str, *, moved: float = 0.0, **options) -> Transport:
     """A small float64 flow that knows its means; `moved` is by how much its parameters are off their start."""
     torch.manual_seed(0)
     if kind == "ic":
-        molecule = {"zmatrix": SYSTEM.zmatrix, "soft": SYSTEM.soft}
+        molecule = {"zmatrix": SYSTEM.zmatrix, "soft": SYSTEM.soft, "flips": SYSTEM.flips}
         model = ICSplineTransport(ICTransportConfig(**(molecule | PRESETS["tiny"] | options)))
     else:
         sizes = TRANSFORMER_PRESETS["tiny"] | {"num_atoms": SYSTEM.num_atoms}

@@ -37,6 +37,7 @@ SPRINGS = SimpleNamespace(
     positions=0.01 * np.eye(4)[:, :3],
     phi=(0, 1, 2, 3),
     psi=(3, 2, 1, 0),
+    flip_axes=[([0, 1], [2, 3])],
     hash="springs",
 )
 LADDER = (300.0, 450.0, 670.0)
@@ -73,8 +74,8 @@ def test_frames_are_kept_by_group_and_temperature_with_their_energies(kept):
     assert torch.equal(made.energies, POTENTIAL(made.x.double()))
     torch.testing.assert_close(made.x.mean(-2), torch.zeros(3, 2, 4, 3), atol=1e-7, rtol=0)
     assert made.info["ns"] == 0.0024 and made.info["ps"] == 0.4 and made.info["equilibration_ps"] == 0.2
-    # 6 cycles of 20 steps at 3 temperatures in 3 groups; annealing, the first, has no swaps to know energies for.
-    assert made.info["energy_calls"] == 9 * (21 + 5 * 22)
+    # 6 cycles of 20 steps at 3 temperatures in 3 groups; annealing, the first, has no swaps and no flips.
+    assert made.info["energy_calls"] == 9 * (21 + 5 * 23)
     assert set(made.info["tau_ps"]) == {"energy", "phi", "psi"} and len(made.info["swap_acceptance"]) == 2
 
 
@@ -211,12 +212,12 @@ def test_frames_may_be_nearer_or_farther_than_swaps(frame, moves, steps, swaps):
     recipe = data.Recipe("springs", LADDER, 2, 2.0, frame, 0.5, 0.0, 0.005, 0, "cpu")
     assert recipe.moves == moves and recipe.steps == steps
     made = springs(ps=2.0, frame_every_ps=frame, swap_every_ps=0.5, equilibration_ps=0.0)
-    assert made.info["energy_calls"] == 9 * (recipe.frames * moves[0] * (steps + 1) + swaps)
+    assert made.info["energy_calls"] == 9 * (recipe.frames * moves[0] * (steps + 1) + 2 * swaps)
 
 
 def test_every_temperature_has_its_own_energies():
-    """After three relaxation times; means of 400 samples, three standard errors of which are 8 %."""
-    made = springs(LADDER, groups=200, ps=1.0, frame_every_ps=0.5, equilibration_ps=3.0)
+    """After five relaxation times; means of 400 samples, three standard errors of which are 8 %."""
+    made = springs(LADDER, groups=200, ps=1.0, frame_every_ps=0.5, equilibration_ps=5.0)
     found = made.energies.mean((0, 2)) / (4.5 * KB)
     np.testing.assert_allclose(found, LADDER, rtol=0.08)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.molecule.dynamics import draw_velocities, ghmc, hmc, langevin
+from tasks.molecule.dynamics import draw_velocities, flip, ghmc, hmc, langevin
 from tasks.molecule.system import KB
 from tests.tasks.molecule.wells import MASSES, Wells, not_normal, seeded
 
@@ -121,3 +121,35 @@ def test_a_move_of_hybrid_monte_carlo_leaves_the_ensemble_as_it_is():
         assert not_normal(x[:, atom], std) < 1.95 < not_normal(control[:, atom], std)
     stuck, _, taken = hmc(WELLS, MASSES, x, KELVIN, 300, dt=0.1, **chance)  # velocities without bound
     assert not taken.any() and torch.equal(stuck, x)
+
+
+AXIS, BEHIND = [1, 2], [3]  # of four atoms in a chain, the last turns
+TRANS_CIS = 4.0  # kJ/mol
+
+
+def chains(count):
+    """Half of them trans, float64 [count, 4, 3], and an energy that is lower by TRANS_CIS where they are."""
+    x = torch.tensor([[0.1, 1, 0], [0, 0, 0], [1.0, 0, 0], [1.2, -1, 0.3]], dtype=torch.float64).repeat(count, 1, 1)
+    x[::2, 3, 1:] *= -1
+    return x, lambda x: TRANS_CIS * (x[..., 3, 1] > 0).double()
+
+
+@pytest.mark.parametrize(("kelvin", "tried"), [(300.0, 300.0), (900.0, 900.0), (900.0, 300.0)])
+def test_half_turns_bring_either_state_to_its_weight(kelvin, tried):
+    """The control: moves at another temperature give other weights."""
+    x, energy = chains(4000)
+    before, generator, at = x.clone(), seeded(), torch.full((1,), tried, dtype=torch.float64)
+    u = energy(x)
+    for _ in range(12):
+        x, u, _ = flip(energy, x, u, at, AXIS, BEHIND, generator=generator)
+    assert torch.equal(u, energy(x)) and torch.equal(x[:, :3], before[:, :3])
+    weight = 1 / (1 + math.exp(TRANS_CIS / (KB * kelvin)))
+    error = ((u > 0).double().mean().item() - weight) / math.sqrt(weight * (1 - weight) / len(x))
+    assert (abs(error) < 3.5) == (kelvin == tried)
+
+
+def test_a_half_turn_into_a_clash_is_refused():
+    x, energy = chains(8)
+    clashed = lambda x: energy(x) / 0  # infinite for cis, not a number for trans
+    y, u, taken = flip(clashed, x, energy(x), torch.tensor([1e6]), AXIS, BEHIND, generator=seeded())
+    assert not taken.any() and torch.equal(x, y) and torch.equal(u, energy(x))

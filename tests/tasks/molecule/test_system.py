@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from models.internal_coordinates import InternalCoordinates, wrap
+from tasks.molecule.dynamics import flip
 from tasks.molecule.system import ALA2, ALA2_CENTRE, KB, beta, is_l, load_system
+from tests.tasks.molecule.wells import seeded
 
 
 def test_the_molecule_that_is_shipped():
@@ -32,6 +35,24 @@ def test_the_zmatrix_follows_the_bonds_and_its_soft_rows_are_all_that_turns():
     for i, row in enumerate(dihedrals):  # any other row about such a bond stands relative to an atom on the same side
         if i not in system.soft and frozenset(row[1:3]) in turning:
             assert frozenset((row[1], row[3])) in bonds or frozenset((row[2], row[3])) in bonds
+
+
+def test_a_flip_turns_one_dihedral_and_nothing_else():
+    system = load_system()
+    assert [[system.atoms[i] for i in axis] for axis, _ in system.flip_axes] == [
+        ["ALA-N", "ACE-C"],
+        ["ALA-C", "NME-N"],
+    ]
+    coordinates = InternalCoordinates(system.zmatrix)
+    x = torch.tensor(system.positions)[None]
+    for k, axis in zip(system.flips, system.flip_axes, strict=True):
+        cold = torch.full((1,), 1e9)  # where every move is accepted
+        y, _, taken = flip(lambda x: x.new_zeros(len(x)), x, cold.double(), cold, *axis, generator=seeded())
+        before, after = (coordinates(shape) for shape in (x, y))
+        turned = wrap(after.dihedrals - before.dihedrals)
+        assert taken.all() and turned[0, k].abs() == pytest.approx(math.pi)
+        turned[0, k] = 0
+        assert max(d.abs().max() for d in (turned, after.bonds - before.bonds, after.angles - before.angles)) < 1e-6
 
 
 def test_is_l_tells_a_molecule_from_its_mirror_image():
@@ -65,13 +86,15 @@ def test_the_hash_is_of_every_number_and_of_no_layout(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(version=0), "of version 0; this code reads 1"),
+        (lambda content: content.update(version=0), "of version 0; this code reads 2"),
         (lambda content: content.pop("masses"), "is not a molecule"),
         (lambda content: content["bonds"].pop("k"), "is not a molecule"),
         (lambda content: content["charges"].pop(), "charges needs a finite row for each of 22 atoms"),
         (lambda content: content["positions"][4].__setitem__(1, math.nan), "positions needs a finite row"),
         (lambda content: content["zmatrix"].reverse(), "row 0 of the z-matrix"),
         (lambda content: content["zmatrix"].pop(), "places 21 of 22 atoms"),
+        (lambda content: content.update(flips=[19]), "flips needs dihedrals"),
+        (lambda content: content.update(flips=[0]), "flips needs dihedrals"),
     ],
 )
 def test_what_is_not_a_molecule_is_refused(tmp_path, change, message):
