@@ -61,6 +61,7 @@ class InternalCoordinates(nn.Module):
     """x <-> (r, θ, φ), to rounding. Raises ValueError for a z-matrix that cannot be."""
 
     atoms: Tensor
+    first_three: Tensor
     rank: Tensor
 
     def __init__(self, zmatrix: Sequence[Sequence[int]]):
@@ -77,6 +78,7 @@ class InternalCoordinates(nn.Module):
             order += [zmatrix[row][0] for row in rows]
         rank = {atom: k for k, atom in enumerate(order)}
         self._index("atoms", [list(column) for column in zip(*zmatrix, strict=True)])  # [4, N - 1]
+        self._index("first_three", order[:3])
         self._index("rank", [rank[atom] for atom in range(len(order))])
         self.num_steps = len(steps)
         for k, (_, rows) in enumerate(sorted(steps.items())):
@@ -114,7 +116,7 @@ class InternalCoordinates(nn.Module):
 
     def frame(self, x: Tensor) -> Frame:
         """x [B, N, 3] -> where the first three atoms stand."""
-        first, second, third = x[:, self.atoms[1, 0]], x[:, self.atoms[0, 0]], x[:, self.atoms[0, 1]]
+        first, second, third = x.index_select(1, self.first_three).unbind(1)
         e1 = nn.functional.normalize(second - first, dim=-1)
         e3 = nn.functional.normalize(torch.linalg.cross(e1, third - first), dim=-1)
         return Frame(first, torch.stack([e1, torch.linalg.cross(e3, e1), e3], 1))

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import launch, multiprocessors
-from kernels.eigen_scan import state_dtype
+from kernels.chunked_scan import state_dtype
 from kernels.gpu.planar import load, load_decay, multiply, multiply_conjugate, planes, polar, store, where
 
 # A program has 4 KiB of loads in flight: 256 bytes of a plane, two planes, 8 steps (or four and 4, backward). At 4.8
@@ -372,7 +372,7 @@ def forward(
     energy_mask: Tensor | None,
     with_energy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the fallback `kernels.eigen_scan._eigen_scan_fwd`."""
+    """As the fallback `kernels.chunked_scan.forward`."""
     plan, wide = _plan(beta, log_rho), state_dtype(beta.dtype)
     initial_state, reset, energy_mask = _contiguous(initial_state, reset, energy_mask)
     sizes = beta.shape[1], plan.chunk, plan.num_chunks, *_strides(log_rho, omega, beta)
@@ -397,7 +397,7 @@ def backward(
     reset: Tensor | None,
     energy_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the fallback `kernels.eigen_scan._eigen_scan_bwd`."""
+    """As the fallback `kernels.chunked_scan.backward`."""
     plan, wide, per_position = _plan(states, log_rho), state_dtype(states.dtype), log_rho.dim() == 3
     grad_final_state, grad_energy, states = _contiguous(grad_final_state, grad_energy, states)
     initial_state, reset, energy_mask = _contiguous(initial_state, reset, energy_mask)
