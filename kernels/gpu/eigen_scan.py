@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import launch, multiprocessors
 from kernels.chunked_scan import state_dtype
+from kernels.dispatch import launch, multiprocessors
 from kernels.gpu.planar import load, load_decay, multiply, multiply_conjugate, planes, polar, store, where
 
 # A program has 4 KiB of loads in flight: 256 bytes of a plane, two planes, 8 steps (or four and 4, backward). At 4.8
