@@ -3,10 +3,10 @@
 python tests/chaos.py --kills 50 --processes 1 2 -o kills.json
 python tests/chaos.py --signals --families language maze -o signals.json
 
-Every kill is SIGKILL to all processes of the launch, wandb's too; with --signals it is SIGTERM, SIGINT or SIGUSR1 to
-one process, to all, or to all and the launcher, once or twice. A run is struck again and again, each time at an event
-and a count that the seed chooses, until it comes to its end; if then anything differs from the run that was left alone,
-each strike of it counts as lost. On a CPU it is bit for bit.
+Every kill is SIGKILL to all processes of the launch, wandb's too, or where there are several to one of them alone; with
+--signals it is SIGTERM, SIGINT or SIGUSR1 to one process, to all, or to all and the launcher, once or twice. A run is
+struck again and again, each time at an event and a count that the seed chooses, until it comes to its end; if then
+anything differs from the run that was left alone, each strike of it counts as lost. On a CPU it is bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,14 +74,14 @@ class Runs:
             started = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-            known = {started.pid: psutil.Process(started.pid)}
-            while started.poll() is None:  # the launcher may die before what it started
+            known, deadline = {started.pid: psutil.Process(started.pid)}, time.monotonic() + PATIENCE
+            while started.poll() is None and time.monotonic() < deadline:  # it may die before what it started
                 known |= {child.pid: child for child in known[started.pid].children(recursive=True)}
                 try:
                     started.wait(0.2)
                 except subprocess.TimeoutExpired:
                     continue
-            _, hanging = psutil.wait_procs(known.values(), timeout=PATIENCE)
+            _, hanging = psutil.wait_procs(known.values(), timeout=max(1.0, deadline - time.monotonic()))
         for process in hanging:
             process.kill()
         found = {file.stem: json.loads(file.read_text()) for file in said.glob("*.json")}
@@ -118,13 +119,14 @@ def problem_of(seen: dict[str, Any], aim: dict[str, Any], run_dir: Path) -> str:
     """What a signalled launch did wrong; a killed one can't."""
     if seen["hung"]:
         return "it hung"
-    if not aim["signals"] or aim["event"].startswith("signal"):  # nothing had begun that could be saved
+    if not aim["signals"]:
         return ""
     exits = {value for name, value in seen["said"].items() if name.startswith("exit")}
     states = {read_json(file)["state"] for file in run_files(run_dir, "run.json")}
-    if exits == {75} and states <= {"finished", "interrupted"}:
+    begun = not aim["event"].startswith("signal")  # or there was nothing yet that could be saved
+    if exits == {75} and (states <= {"finished", "interrupted"} or not begun):
         return ""
-    finished = states == {"finished"}  # it came at the last step
+    finished = begun and states == {"finished"}  # it came at the last step
     return "" if finished else f"exits {exits or 'none'}, run.json {states}: {seen['output'].read_text()[-600:]}"
 
 
@@ -148,7 +150,8 @@ def plan_kills(counts: dict[int, Counter[str]], draw: random.Random, kinds: list
         if counts[rank][event] == 0:  # process 0 alone writes
             rank = 0
         number = draw.randint(1, max(1, counts[rank][event] // (len(chosen) + 1)))
-        chosen.append({"event": event, "number": number, "rank": rank, "signals": [], "target": "all"})
+        target = draw.choice(["all", "all", "rank"]) if len(counts) > 1 else "all"
+        chosen.append({"event": event, "number": number, "rank": rank, "signals": [], "target": target})
     return chosen
 
 
@@ -175,7 +178,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def kind_of(row: dict[str, Any]) -> str:
     to = {"rank": "one process", "ranks": "all processes", "all": "all and the launcher"}[row["target"]]
-    return f"{' '.join(row['signals'])} to {to}" if row["signals"] else f"SIGKILL, {row['event']}"
+    if row["signals"]:
+        return f"{' '.join(row['signals'])} to {to}"
+    return f"SIGKILL, {row['event']}" if row["target"] == "all" else f"SIGKILL to {to} of {row['processes']}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

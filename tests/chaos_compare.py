@@ -110,7 +110,7 @@ def own_differences(run: Path, database: bool) -> list[str]:
     if table != [{k: str(v) for k, v in row.items()} for row in rows]:
         found.append("metrics.csv is not metrics.jsonl")
     if database:
-        path = next(folder for folder in run.parents if (folder / "experiments.db").exists()) / "experiments.db"
+        path = next(folder for folder in (run, *run.parents) if (folder / "experiments.db").exists()) / "experiments.db"
         with ExperimentDB(path) as db:
             if lasting(db.rows(run)) != lasting(rows):
                 found.append("the database has other rows")

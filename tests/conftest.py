@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import shlex
@@ -27,6 +28,13 @@ def _one_thread():
         patch.setattr("train.engine.backend.use_all_cores", lambda: torch.set_num_threads(1))
         torch.set_num_threads(1)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_old_is_collected():
+    """A run ends with a collection, which would look at all of torch's modules again: a third of a short run's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

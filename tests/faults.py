@@ -1,11 +1,12 @@
 """Every file of a run folder damaged in every way, and what becomes of the run.
 
-    python tests/faults.py -o faults.json                                  # all families, all files: takes hours
+    python tests/faults.py -o faults.json                                  # all families, all files: an hour or two
     python tests/faults.py -o faults.json --families language --kinds flipped removed --tries 3
 
 Each family's real script runs to its end with --tiny. Its folder is then cut back to where it stood before the last
-checkpoint, one file is damaged, and the same command goes on. It survives if it ends bit for bit as the run that
-nothing befell, or if it refuses in one sentence and leaves the checkpoints alone. Everything else is lost.
+checkpoint, one file is damaged, and the same command goes on. It survives if it leaves behind, bit for bit, the rows,
+scores and checkpoints of the run that nothing befell, or if it refuses in a sentence and leaves the checkpoints alone.
+Everything else is lost. A sample or picture of an earlier evaluation cannot be made anew: such a file is left as it is.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # started as a script, with only tests/ on the path
+
+from tests.chaos_compare import differences  # noqa: E402
+
 STEPS = 8
 FLAGS = f"--tiny --cpu --max_steps {STEPS} --eval_every 2 --log_every 1 --wandb off --mixed_precision no".split()
 # The script, what it needs besides FLAGS to train one model, and where the run lies in --run_dir.
@@ -35,7 +41,8 @@ FAMILIES = {
     "arc": ("champion", "", "."),
     "molecular": ("molecular", "", "."),
 }
-TIMES = ("items_per_second", "elapsed")
+# What a run imports while it goes: it forks off a process that has them, instead of half its seconds going there.
+LATE = ("torch._dynamo", "matplotlib.pyplot", "deepspeed", "torch.utils.tensorboard")
 
 
 def _flip(data: bytes, chance: random.Random) -> bytes:
@@ -64,27 +71,23 @@ def damage(file: Path, kind: str, chance: random.Random) -> None:
         file.write_bytes(harmed)
 
 
-def damageable(run_dir: Path) -> list[str]:
-    """Files and links of a run folder; of the checkpoints, those of the newest."""
-    newest = max((run_dir / "checkpoints").glob("step-*"))
-    files = [f for f in run_dir.rglob("*") if f.is_symlink() or (f.is_file() and f.stat().st_size)]
-    inside = [f for f in files if f.parent == run_dir / "checkpoints" or newest in f.parents]
-    outside = [f for f in files if run_dir / "checkpoints" not in f.parents]
-    return sorted(f.relative_to(run_dir).as_posix() for f in inside + outside)
+def content(file: Path) -> bytes | str | None:
+    """Of a file, or of a link; None where there is neither."""
+    return os.readlink(file) if file.is_symlink() else file.read_bytes() if file.exists() else None
 
 
-def cut_back(finished: Path, copy: Path) -> None:
+def damageable(folder: Path, below: str = ".") -> list[str]:
+    """Files and links of a run, which lies `below` the folder of its launch; of checkpoints, those of the newest."""
+    *older, _ = sorted((folder / below / "checkpoints").glob("step-*"))
+    files = [f for f in folder.rglob("*") if f.is_symlink() or f.is_file()]
+    return sorted(f.relative_to(folder).as_posix() for f in files if not {*older} & {*f.parents})
+
+
+def cut_back(finished: Path, copy: Path, below: str = ".") -> None:
     """A copy of a finished run as it was when killed just before its last checkpoint."""
     shutil.copytree(finished, copy, symlinks=True)
-    shutil.rmtree(max((copy / "checkpoints").glob("step-*")))
-    (copy / "results.json").unlink()
-
-
-def ending(run_dir: Path) -> list:
-    """What must be the same however often a run was interrupted: rows without times, and all weights."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    rows = [repr({k: v for k, v in json.loads(line).items() if k not in TIMES}) for line in lines]
-    return rows + [f.read_bytes() for f in sorted((run_dir / "checkpoints" / "last").glob("*.safetensors"))]
+    shutil.rmtree(max((copy / below / "checkpoints").glob("step-*")))
+    (copy / below / "results.json").unlink()
 
 
 @dataclass
@@ -94,18 +97,21 @@ class Attempt:
     kind: str
     outcome: str  # exact, refused, or what was lost
     said: str  # the line that names the damage
+    left: bool  # whether the file is afterwards what the damage made of it
 
 
-def judge(run_dir: Path, status: int, output: str, whole: list, file: str) -> tuple[str, str]:
-    """(outcome, what was said of it) of a run that went on with a damaged `file`."""
+def judge(whole: Path, copy: Path, file: str, status: int, output: str) -> tuple[str, str]:
+    """(outcome, what was said of it) of the run in `copy`, which went on with a damaged `file`."""
     name = Path(file).name
     words = ("damaged", "passing over", "cannot be used", "error:", "database")
     said = next((line for line in output.splitlines() if any(word in line for word in words) and name in line), "")
     if "Traceback" in output:
         return "lost: a traceback", output.strip().splitlines()[-1]
     if status == 0:
-        return ("exact" if ending(run_dir) == whole else "lost: ended otherwise"), said
-    sound = any((run_dir / "checkpoints").glob("step-*"))
+        # The database is an index: a run goes on without it, and `runs.py import` makes it anew.
+        differs = differences(whole, copy, database="experiments.db" not in name)
+        return ("exact" if not differs else f"lost: {'; '.join(differs)}"), said
+    sound = any(copy.rglob("checkpoints/step-*"))
     return ("refused" if output.strip().splitlines()[-1].startswith("error: ") and sound else "lost: no sentence"), said
 
 
@@ -133,41 +139,54 @@ def run_script(script: str, flags: list[str], log: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def attempts(family: str, kinds: list[str], tries: int, only: list[str], folder: Path) -> Iterator[Attempt]:
+def attempts(
+    family: str, kinds: Sequence[str], tries: int, only: Sequence[str], folder: Path
+) -> Iterator[tuple[Attempt, float]]:
+    """What became of each fault, and the seconds that it took; `only`: files with one of these words in their path."""
     script, more, below = FAMILIES[family]
-    base, tried, log = folder / "whole", folder / "tried", folder / "log.txt"
+    whole, tried, log = folder / "whole", folder / "tried", folder / "log.txt"
     flags = [*FLAGS, *more.split()]
 
     def run(run_dir: Path) -> int:
-        database = run_dir / below / "experiments.db"
-        return run_script(script, [*flags, "--run_dir", str(run_dir), "--db", str(database)], log)
+        return run_script(script, [*flags, "--run_dir", str(run_dir), "--db", str(run_dir / "experiments.db")], log)
 
     runpy.run_path(str(ROOT / "train" / f"{script}.py"))  # its imports
-    if run(base):
+    for module in LATE:
+        with suppress(ImportError):
+            import_module(module)
+    if run(whole):
         raise SystemExit(f"{family} does not run: {log.read_text()[-2000:]}")
-    whole, files = ending(base / below), damageable(base / below)
-    for file in [f for f in files if not only or any(word in f for word in only)]:
-        for kind in kinds:
+    for file in [f for f in damageable(whole, below) if not only or any(word in f for word in only)]:
+        empty = not (whole / file).is_symlink() and not (whole / file).stat().st_size
+        for kind in [kind for kind in kinds if kind == "removed" or not empty]:
             for chance in map(random.Random, range(tries if kind == "flipped" else 1)):
+                started = time.monotonic()
                 shutil.rmtree(tried, ignore_errors=True)
-                if file == "results.json":
-                    shutil.copytree(base, tried, symlinks=True)
+                if Path(file).name == "results.json":
+                    shutil.copytree(whole, tried, symlinks=True)
                 else:
-                    cut_back(base / below, tried / below)
+                    cut_back(whole, tried, below)
                 target = file.replace(f"step-{STEPS:08d}", f"step-{STEPS - 2:08d}")
-                if not os.path.lexists(tried / below / target):
+                if not os.path.lexists(tried / target):
                     continue  # of the last evaluation
-                damage(tried / below / target, kind, chance)
-                yield Attempt(family, target, kind, *judge(tried / below, run(tried), log.read_text(), whole, target))
+                damage(tried / target, kind, chance)
+                harmed = content(tried / target)
+                outcome, said = judge(whole, tried, target, run(tried), log.read_text())
+                sound = content(whole / target)
+                left = sound is not None and content(tried / target) == harmed != sound
+                yield Attempt(family, target, kind, outcome, said, left), time.monotonic() - started
 
 
 def table(found: list[Attempt]) -> str:
-    """kind of fault x tried x survived x lost, as Markdown."""
-    lines = ["| damage | tried | exact | refused in a sentence | lost |", "|---|---|---|---|---|"]
-    for kind in KINDS:
-        outcomes = [a.outcome for a in found if a.kind == kind]
-        counts = [len(outcomes), outcomes.count("exact"), outcomes.count("refused")]
-        lines.append(f"| {kind} | {' | '.join(map(str, counts))} | {counts[0] - counts[1] - counts[2]} |")
+    """Family and kind of fault x tried x survived x lost, as Markdown."""
+    lines = ["| family | damage | tried | exact | refused in a sentence | lost | file left so |", "|---" * 7 + "|"]
+    for family in FAMILIES:
+        for kind in KINDS:
+            those = [a for a in found if (a.family, a.kind) == (family, kind)]
+            counts = [len(those), *(sum(a.outcome == outcome for a in those) for outcome in ("exact", "refused"))]
+            counts += [counts[0] - counts[1] - counts[2], sum(a.left for a in those)]
+            if those:
+                lines.append(f"| {family} | {kind} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 
@@ -182,8 +201,9 @@ def main() -> None:
     found: list[Attempt] = []
     for family in flags.families:
         with tempfile.TemporaryDirectory() as folder:
-            for attempt in attempts(family, flags.kinds, flags.tries, flags.files, Path(folder)):
-                print(f"{time.strftime('%H:%M:%S')} {family:10} {attempt.kind:10} {attempt.file:45} {attempt.outcome}")
+            for attempt, seconds in attempts(family, flags.kinds, flags.tries, flags.files, Path(folder)):
+                outcome = attempt.outcome + ", left so" * attempt.left
+                print(f"{seconds:4.0f} s  {family:10}{attempt.kind:10}{attempt.file:50} {outcome}", flush=True)
                 found.append(attempt)
                 text = json.dumps({"attempts": [asdict(a) for a in found], "table": table(found)}, indent=2)
                 flags.output.write_text(text + "\n", encoding="utf-8")

@@ -57,12 +57,12 @@ def damaged(data: st.DataObject, value: Any) -> Any:
     """A JSON value with something in it replaced, renamed or gone, once or twice."""
     value = copy.deepcopy(value)
     for _ in range(data.draw(st.integers(1, 2))):
-        *path, key = data.draw(st.sampled_from(places(value)[1:] or [(None,)]))
+        if not (inside := places(value)[1:]):
+            return data.draw(st.sampled_from(VALUES))
+        *path, key = data.draw(st.sampled_from(inside))
         holder = value
         for step in path:
             holder = holder[step]
-        if not isinstance(holder, (dict, list)):
-            return data.draw(st.sampled_from(VALUES))
         what = data.draw(st.sampled_from(["replace"] * 5 + ["remove", "rename"]))
         old = holder.pop(key)
         if what == "rename" and isinstance(holder, dict):

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"models", "kernels"},
     "tasks": {"tasks"},
-    "train/engine": {"train.engine"},
+    "train/engine": {"train.engine", "train.nearest"},
     "train": {"train", "models", "tasks", "kernels"},
     "benchmarks": {"models", "tasks", "kernels", "benchmarks"},
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
+from accelerate.state import AcceleratorState
 
 from tests.chaos_child import Aim, watch
 from tests.chaos_compare import differences
@@ -59,12 +62,30 @@ def trainer_of(run_dir: Path, hooks=(), **settings) -> Trainer:
 
 def forked(run_dir: Path, prepare: Callable[[], object] = lambda: None, **settings) -> int:
     """Train in a process of its own, after `prepare` there; how that ended, as subprocess has it."""
+    return _ended(_fork(run_dir, prepare, settings))
+
+
+def forked_pair(run_dir: Path, prepare: Callable[[], object] = lambda: None, **settings) -> list[int]:
+    """The same in two processes that find each other as a launcher's do, and which nobody ends but they themselves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "ACCELERATE_USE_CPU": "1"}
+    launch |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = ({**launch, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    return [_ended(child) for child in [_fork(run_dir, prepare, settings, rank) for rank in ranks]]
+
+
+def _fork(run_dir: Path, prepare: Callable[[], object], settings: dict, launch: dict[str, str] | None = None) -> int:
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            signal.alarm(120)  # rather than hang
             torch.set_num_threads(1)
+            if launch is not None:
+                os.environ.update(launch)
+                AcceleratorState._reset_state(reset_partial_state=True)
             aim = prepare()
             trainer_of(run_dir, **settings).train()
             if isinstance(aim, Aim):
@@ -77,6 +98,10 @@ def forked(run_dir: Path, prepare: Callable[[], object] = lambda: None, **settin
         finally:
             sys.stdout.flush()
             os._exit(status)
+    return child
+
+
+def _ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -95,6 +120,15 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, int]]:
     trainer_of(folder / "unused")  # what it imports, no child has to
     assert forked(folder / "runs" / "run", aimed(folder)) == 0
     return folder / "runs" / "run", read_json(folder / "counts-0.json")
+
+
+@pytest.fixture(scope="module")
+def whole_pair(tmp_path_factory) -> Path:
+    """A run of two processes that was left alone."""
+    folder = tmp_path_factory.mktemp("pair")
+    trainer_of(folder / "unused")
+    assert forked_pair(folder / "runs" / "run") == [0, 0]
+    return folder / "runs" / "run"
 
 
 def strike(run_dir: Path, folder: Path, counts: dict[str, int], events: list[str], share: float) -> None:
@@ -132,6 +166,15 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(whole, tmp_path, eve
     share = 1.0 if events[0].startswith("end") else share
     strike(cut, tmp_path, known, events, share)
     assert differences(run_dir, cut) == []
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_that_is_killed_alone_takes_the_other_with_it_and_nothing_else(whole_pair, tmp_path, rank):
+    cut = tmp_path / "runs" / "run"
+    ends = forked_pair(cut, aimed(tmp_path, event="step: in a forward", number=70, rank=rank))
+    assert ends[rank] == -signal.SIGKILL and ends[1 - rank] == 1 and not is_held(cut)
+    assert read_json(cut / "checkpoints" / "last" / "trainer.json")["step"] > 0
+    assert forked_pair(cut) == [0, 0] and differences(whole_pair, cut) == []
 
 
 def test_what_is_not_brought_back_is_noticed(whole, tmp_path, monkeypatch):
@@ -265,6 +308,26 @@ def test_a_run_that_dies_before_its_first_checkpoint_stays_one_run_on_wandb(tmp_
         trainer.train()
     trainer_of(tmp_path / "run", wandb="offline", db="off").train()
     assert ids == [None, "new"]
+
+
+@pytest.mark.parametrize("service", ["alive", "dead"])
+def test_without_a_network_or_without_its_service_wandb_stops_nothing(tmp_path, monkeypatch, capsys, service):
+    """As was seen: init gives up after 92 s with a CommError, or at once with a UsageError where nobody logged in."""
+    rows, said = [], wandb.errors.CommError("Failed to get resume status: context deadline exceeded\nwhile retrying")
+
+    def init(mode, id, settings, **about):
+        if mode == "online" or service == "dead":
+            raise said if mode == "online" else ConnectionResetError("Connection lost")
+        assert settings.finish_timeout > 0  # 0, the default, is for ever: seen with a server that fell silent
+        define = finish = lambda *args, **kwargs: None
+        return SimpleNamespace(id="new", define_metric=define, log=rows.append, finish=finish)
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "init", init)
+    assert trainer_of(tmp_path / "run", wandb="online", db="off", max_steps=2, eval_every=2).train().steps == 2
+    out, alive = capsys.readouterr().out, service == "alive"
+    assert out.count("not reached (Failed to get resume status: context deadline exceeded)") == 1
+    assert len(rows) == 3 * alive and out.count("lost (ConnectionResetError: Connection lost)") == 1 - alive
 
 
 def test_a_finished_run_that_could_not_say_so_says_so_the_next_time(tmp_path):

@@ -34,14 +34,15 @@ from models.champion import Champion, ChampionConfig
 from tasks.arc.augment import Augmentation
 from tasks.arc.formats import inputs_of, load_puzzles, solutions_of, write_submission
 from tasks.arc.gallery import Card, write_gallery
-from tasks.arc.grid import Grid, Puzzle, leave_one_out, questions
+from tasks.arc.grid import Grid, Puzzle, checked_grid, leave_one_out, questions
 from tasks.arc.score import question_scores, score
 from tasks.arc.task import ArcTask
 from tasks.arc.tokens import LEGACY_VOCAB_SIZE, Encoding
 from tasks.arc.vote import attempts, solve
+from tasks.reading import parsed
 from train.engine import ConfigError
 from train.engine.checkpoint import find_checkpoint, load_weights
-from train.engine.run_folder import read_json
+from train.engine.run_folder import read_json, weights_of, write_whole
 from train.engine.script import sentences
 
 KINDS = {ArcDecoderConfig: ArcDecoder, ArcEncoderDecoderConfig: ArcEncoderDecoder, ChampionConfig: Champion}
@@ -156,10 +157,9 @@ def load(path: Path, cpu: bool) -> Solver:
             "answer new puzzles; train without it"
         )
     model = KINDS[made[0]](made[0](**values))
-    averaged = folder / "ema.safetensors"
-    load_weights(model, averaged if averaged.exists() else folder / "model.safetensors")
+    load_weights(model, weights_of(folder))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else "cpu"
-    settings = read_json(folder.parent.parent / "config.json")
+    settings = read_json(folder / "run" / "config.json")
     return Solver(model.to(device).eval(), settings["context_pairs"], folder)
 
 
@@ -174,18 +174,25 @@ class Partial:
         if not file.exists():
             file.write_text(json.dumps(header) + "\n", encoding="utf-8")
             return
-        first, *lines = file.read_text(encoding="utf-8").splitlines() or ["{}"]
-        if json.loads(first) != header:
+        first, *lines = file.read_text(encoding="utf-8", errors="replace").splitlines() or ["{}"]
+        if parsed(first, file) != header:
             raise ConfigError(
                 f"{file} holds answers to other puzzles, of another checkpoint or with other flags; remove it, or give "
                 "another -o"
             )
         for line in lines:
             try:
-                self.answers |= json.loads(line)
-            except json.JSONDecodeError:
-                break  # the process ended in the middle of its last line
-        self.file.write_text("\n".join([first, *(json.dumps({i: a}) for i, a in self.answers.items()), ""]))
+                self.answers |= self._read(line)
+            except (ValueError, TypeError, AttributeError):
+                break  # the process ended in the middle of its last line, or the file was damaged
+        write_whole(file, "\n".join([first, *(json.dumps({i: a}) for i, a in self.answers.items()), ""]))
+
+    def _read(self, line: str) -> dict[str, Any]:
+        answers = parsed(line, self.file)
+        for id, tests in answers.items():
+            for grid in (grid for tried in tests for grid in tried):
+                checked_grid(grid, id)
+        return answers
 
     def add(self, puzzle: Puzzle, tests: list[list[Grid]]) -> None:
         self.answers[puzzle.id] = [[grid.tolist() for grid in tried] for tried in tests]

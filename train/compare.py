@@ -34,11 +34,12 @@ import yaml
 
 from train.children import end, environment, held
 from train.compare_report import report
-from train.engine.config import ConfigError, nearest, normalize
+from train.engine.config import ConfigError, normalize
 from train.engine.metrics import read_rows
 from train.engine.run_folder import read_json, write_json
 from train.engine.script import sentences
 from train.engine.signals import EXIT_INTERRUPTED, Signals
+from train.nearest import nearest
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0}

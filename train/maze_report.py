@@ -18,7 +18,7 @@ from tasks.maze.score import floors, length_groups, start_distance
 from train.engine import Results
 from train.engine.equal_steps import cut_short
 from train.engine.run_folder import command_line, write_json
-from train.pictures import pyplot
+from train.pictures import new_figure
 
 COLUMNS = ("success", "optimal", "exact_grid", "spl", "fork_accuracy", "illegal_moves")
 # Walked otherwise, over the first mazes only: a column where there is such a score.
@@ -189,8 +189,8 @@ def test_lines(tests: dict[str, dict[str, Any]]) -> list[str]:
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """Success, optimality and fork accuracy of every model, walls zeroed beside it, floors as lines."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
+    figure = new_figure(12, 4)
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, score in zip(axes, ("success", "optimal", "fork_accuracy"), strict=True):
         names = [name for name, model in summary["models"].items() if score in model["test"]]
         for shift, which, color in ((-0.2, "test", "C0"), (0.2, "walls_zeroed", "0.75")):
@@ -207,13 +207,12 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         axis.set(title=score.replace("_", " "), ylim=(0, 1.02))
     axes[0].legend(fontsize="small")
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def draw_by_length(file: Path, rows: list[dict[str, Any]]) -> None:
     """Success over the steps of the shortest way, a line for each model and, dashed, for what knows nothing."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
+    axis = figure.subplots()
     places = [(row["from"] + row["to"]) / 2 for row in rows]
     for name in rows[0]["success"]:
         values = [row["success"][name] for row in rows]
@@ -223,14 +222,13 @@ def draw_by_length(file: Path, rows: list[dict[str, Any]]) -> None:
     axis.set(xlabel="steps of the shortest way, middle of a tenth of the mazes", ylabel="success", ylim=(0, 1.02))
     axis.legend(fontsize="small")
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def draw_routing(file: Path, usage: dict[str, Any]) -> None:
     """Of every block a panel: the mean weight of each head (across) at each refinement (down), and how it deviates."""
-    plt = pyplot()
     blocks = len(usage["mean"])
-    figure, axes = plt.subplots(1, blocks, figsize=(1 + 2.6 * blocks, 3), layout="constrained", squeeze=False)
+    figure = new_figure(1 + 2.6 * blocks, 3)
+    axes = figure.subplots(1, blocks, squeeze=False)
     for number, axis in enumerate(axes.flat):
         mean, deviation = usage["mean"][number], usage["deviation"][number]
         image = axis.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -242,14 +240,13 @@ def draw_routing(file: Path, usage: dict[str, Any]) -> None:
     figure.colorbar(image, ax=axes, label="weight")
     figure.suptitle(f"step {usage['step']}: mean weight ± over mazes", fontsize="medium")
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def draw_scaling(file: Path, summaries: dict[str, dict[str, Any]]) -> None:
     """Four panels: success and optimality over parameters, a line for each model; below, each model's points over the
     baseline's at every size."""
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure = new_figure(10, 7)
+    axes = figure.subplots(2, 2)
     models = list(next(iter(summaries.values()))["models"])
     others = [name for name in models if name != "baseline"]
     for (above, below), score in zip(axes.T, ("success", "optimal"), strict=True):
@@ -270,4 +267,3 @@ def draw_scaling(file: Path, summaries: dict[str, dict[str, Any]]) -> None:
         below.set(ylabel=f"points of {score} over the baseline")
     axes[0, 0].legend(fontsize="small")
     figure.savefig(file, dpi=110)
-    plt.close(figure)

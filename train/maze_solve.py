@@ -32,7 +32,7 @@ from tasks.maze.score import greedy, start_distance
 from tasks.maze.targets import moves_to_score
 from train.engine import ConfigError
 from train.engine.checkpoint import find_checkpoint, load_weights
-from train.engine.run_folder import read_json
+from train.engine.run_folder import read_json, weights_of
 from train.engine.script import sentences
 from train.maze import KINDS
 
@@ -59,9 +59,8 @@ def load(run: Path) -> tuple[MazeModel, Suite | MazeFiles]:
     if not made:
         raise ConfigError(f"{folder} holds no maze model; give a folder as RUN/poh-seed0 of a run of train/maze.py")
     model = KINDS[made[0]](made[0](**values))
-    averaged = folder / "ema.safetensors"
-    load_weights(model, averaged if averaged.exists() else folder / "model.safetensors")
-    data = read_json(folder.parent.parent / "run.json")["data"]
+    load_weights(model, weights_of(folder))
+    data = read_json(folder / "run" / "run.json")["data"]
     if "files" in data:
         return model.eval(), MazeFiles(data["files"], data["val"])
     return model.eval(), Suite(data["suite"], data["min_path"], data["braid"])

@@ -38,7 +38,7 @@ from train.engine.config import named_preset
 from train.engine.optim import ScheduleName
 from train.engine.order import order_of
 from train.engine.processes import process_state
-from train.engine.run_folder import read_json
+from train.engine.run_folder import begun
 from train.engine.script import sentences
 from train.molecular_epochs import Epochs, OriginBar, banner
 from train.molecular_report import Report
@@ -169,11 +169,10 @@ def data_of(run: MoleculeRun, system: System, potential: Potential) -> Trajector
     state = process_state(run)
     if run.plan:  # which looks at shapes
         run = dataclasses.replace(run, **TINY)
-    file = run.run_dir / "run.json" if run.run_dir is not None else None
-    begun = read_json(file).get("data") if file is not None and file.exists() else None
+    before = begun(run.run_dir, "run.json").get("data")
     seconds = None if run.max_minutes is None else 60 * DATA_SHARE * run.max_minutes
-    if begun is not None:
-        seconds = begun["max_seconds"]
+    if before is not None:
+        seconds = before["max_seconds"]
     data = make_data(
         system,
         potential,
@@ -189,9 +188,9 @@ def data_of(run: MoleculeRun, system: System, potential: Potential) -> Trajector
         device="cuda" if state.device.type == "cuda" else "cpu",
         progress=state.is_main_process,
     )
-    if begun is not None and begun["ps"] != data.info["ps"]:
+    if before is not None and before["ps"] != data.info["ps"]:
         raise ConfigError(
-            f"{run.run_dir} was begun with {begun['ps']:g} ps of every group, and there are {data.info['ps']:g} ps "
+            f"{run.run_dir} was begun with {before['ps']:g} ps of every group, and there are {data.info['ps']:g} ps "
             "now: give a new --run_dir"
         )
     return dataclasses.replace(data, info=data.info | {"max_seconds": seconds})

@@ -30,14 +30,12 @@ HALF_LIFE_BINS = 24
 SECONDS_BETWEEN_DRAWINGS = 60.0
 
 
-def pyplot() -> Any:
-    """matplotlib without a display; imported here because it takes half a second that only process 0 needs."""
-    import matplotlib
+def new_figure(width: float, height: float) -> Any:
+    """Of so many inches, for a file. Without pyplot, whose backend is the choice of the notebook we may be called from;
+    imported here because matplotlib takes half a second that only process 0 needs."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 class Picture:
@@ -73,14 +71,13 @@ class SpectrumPicture(Picture):
 
 def draw_spectrum(groups: list[ScaleSpectrum], path: Path, title: str) -> None:
     """Half-lives by head, one panel a scale, above; eigenvalues in the unit disc, one panel a layer, below."""
-    plt = pyplot()
     scales = list(dict.fromkeys(group.scale for group in groups))
     layers = list(dict.fromkeys(group.layer for group in groups))
     columns = min(len(layers), 6)
     rows_of_discs = -(-len(layers) // columns)
     width = max(2.7 * columns, 10.0)
     below_height = rows_of_discs * (0.55 * width / columns + 0.5)  # half a disc, its title and its ticks
-    figure = plt.figure(figsize=(width, 3.6 + below_height), layout="constrained")
+    figure = new_figure(width, 3.6 + below_height)
     above, below = figure.subfigures(2, 1, height_ratios=[3.6, below_height])
     for axis, scale in zip(above.subplots(1, len(scales), sharey=True, squeeze=False).flat, scales, strict=True):
         _half_lives(axis, [group for group in groups if group.scale == scale])
@@ -95,16 +92,17 @@ def draw_spectrum(groups: list[ScaleSpectrum], path: Path, title: str) -> None:
     dead, doubled = (sum(len(getattr(group, name)) for group in groups) for name in ("dead", "duplicates"))
     figure.suptitle(f"{title}: {count} eigenstates, {dead} dead (red), {doubled} duplicates (orange)")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _half_lives(axis: Any, groups: list[ScaleSpectrum]) -> None:
     """Histogram over all layers of one scale, stacked by head."""
+    from matplotlib import colormaps
+
     heads = sorted({head for group in groups for head in group.head})
     of_head = [[t for g in groups for h, t in zip(g.head, g.half_life, strict=True) if h == head] for head in heads]
     every = [t for times in of_head for t in times]
     low, high = torch.tensor([min(every), max(every) * 1.001]).log10().tolist()
-    colors = pyplot().cm.viridis(torch.linspace(0.1, 0.9, len(heads)).numpy())
+    colors = colormaps["viridis"](torch.linspace(0.1, 0.9, len(heads)).numpy())
     bins = torch.logspace(low, high, HALF_LIFE_BINS).tolist()
     axis.hist(of_head, bins=bins, stacked=True, color=colors, label=[f"head {head}" for head in heads])
     context, weighted = (statistics.median(getattr(g, n) for g in groups) for n in ("context", "weighted_context"))
@@ -146,11 +144,25 @@ class EnergyPicture(Picture):
         with trainer.backend.autocast():
             new = energy_row(model, *(window[name][:, :ENERGY_TOKENS] for name in ("input_ids", "reset")))
         file = trainer.run_dir / "energy.jsonl"
+        rows = [earlier for earlier in self._earlier(file, trainer) if _keys(earlier.get("scales")) == _keys(new)]
         # Rows of this step or later are from before a resume or a rewind, and did not happen.
-        rows = [earlier for earlier in (read_rows(file) if file.exists() else []) if earlier["step"] < row["step"]]
+        rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
         rows.append({"step": row["step"], "split": "val", "scales": new})
         write_whole(file, "".join(json.dumps(r) + "\n" for r in rows))
         self.due(lambda: draw_energy(rows, trainer.run_dir / "plots" / "energy.png"))
+
+    @staticmethod
+    def _earlier(file: Path, trainer: Trainer) -> list[dict[str, Any]]:
+        try:
+            return read_rows(file) if file.exists() else []
+        except ValueError as error:  # nothing goes on from it: no reason to end a run
+            trainer.book.say(f"damaged     {error}; the picture of energies begins anew")
+            return []
+
+
+def _keys(value: Any) -> Any:
+    """What a JSON value is called inside, without its numbers."""
+    return {key: _keys(inner) for key, inner in value.items()} if isinstance(value, dict) else isinstance(value, float)
 
 
 def energy_row(model: TEN, input_ids: Tensor, reset: Tensor) -> dict[str, dict[str, float]]:
@@ -179,8 +191,8 @@ def energy_row(model: TEN, input_ids: Tensor, reset: Tensor) -> dict[str, dict[s
 
 def draw_energy(rows: list[dict[str, Any]], path: Path) -> None:
     """Left sqrt(E) and its bound over training, right the ratio of the two, which nothing may take above 1."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure = new_figure(11, 3.8)
+    left, right = figure.subplots(1, 2)
     steps = [row["step"] for row in rows]
     for number, scale in enumerate(rows[0]["scales"]):
         lines = {name: [row["scales"][scale][name] for row in rows] for name in rows[0]["scales"][scale]}
@@ -195,4 +207,3 @@ def draw_energy(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in (left, right):
         axis.legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
-    plt.close(figure)

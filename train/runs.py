@@ -27,12 +27,13 @@ from typing import Any
 import yaml
 
 from train.engine import ConfigError
-from train.engine.config import ALIASES, differences, nearest
+from train.engine.config import ALIASES, differences
 from train.engine.experiments import ExperimentDB, Run
 from train.engine.record import database_of
 from train.engine.run_folder import provenance
 from train.engine.script import sentences
-from train.pictures import pyplot
+from train.nearest import nearest
+from train.pictures import new_figure
 
 RUN_FILE = "run.json"
 # Facts that differ between any two runs.
@@ -89,8 +90,8 @@ def best(db: ExperimentDB, flags: argparse.Namespace) -> None:
 
 
 def plot(db: ExperimentDB, flags: argparse.Namespace) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(flags.metric), figsize=(6 * len(flags.metric), 4), squeeze=False)
+    figure = new_figure(6 * len(flags.metric), 4)
+    axes = figure.subplots(1, len(flags.metric), squeeze=False)
     for axis, metric in zip(axes[0], flags.metric, strict=True):
         split, name = db.split_and_name(metric)
         for run in map(db.get_run, flags.runs):
@@ -100,10 +101,8 @@ def plot(db: ExperimentDB, flags: argparse.Namespace) -> None:
             axis.plot(*zip(*points, strict=True), "o-" if split == "val" else "-", markersize=3, label=run["name"])
         axis.set(title=f"{split}/{name}", xlabel="optimizer step")
         axis.legend(fontsize="small")
-    figure.tight_layout()
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(flags.output, dpi=110)
-    plt.close(figure)
     print(f"written to {flags.output}")
 
 

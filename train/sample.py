@@ -19,10 +19,10 @@ import tyro
 
 from models.ten import TEN, TENConfig
 from tasks.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from train.engine import Trainer
+from train.engine import ConfigError, Trainer
 from train.engine.checkpoint import find_checkpoint, load_weights
 from train.engine.metrics import Row
-from train.engine.run_folder import read_json, write_json
+from train.engine.run_folder import read_json, weights_of, write_json
 from train.engine.script import sentences
 
 SETTINGS_FILE = "settings.json"
@@ -60,16 +60,17 @@ class Samples:
     """A hook: after every evaluation, what the model writes from the prompt, in RUN/samples/."""
 
     def __init__(self, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-        self.tokenizer, self.settings = tokenizer, settings
+        self.tokenizer, self.settings, self._kept = tokenizer, settings, False
 
     def __call__(self, trainer: Trainer, row: Row) -> None:
         model = trainer.predict.whole()
         if model is None:
             return
         folder = trainer.run_dir / "samples"
-        if not (folder / SETTINGS_FILE).exists():
+        if not self._kept:  # anew in every process: they may have been damaged meanwhile
             self.tokenizer.save(trainer.run_dir)
             write_json(folder / SETTINGS_FILE, asdict(self.settings))
+            self._kept = True
         text = sample_text(model, self.tokenizer, self.settings)
         (folder / f"step-{row['step']:08d}.txt").write_text(text + "\n", encoding="utf-8")
         trainer.book.say(f"sample      {text[:100]!r}")
@@ -79,10 +80,13 @@ def load(run: Path) -> tuple[TEN, Tokenizer, SampleSettings]:
     """Model, tokenizer and sample settings of a run folder or checkpoint. Raises ConfigError."""
     folder = find_checkpoint(run, lambda line: print(line, file=sys.stderr))
     model = TEN(TENConfig(**read_json(folder / "config.json")))
-    averaged = folder / "ema.safetensors"
-    load_weights(model, averaged if averaged.exists() else folder / "model.safetensors")
+    load_weights(model, weights_of(folder))
     run_dir = folder.parent.parent
-    settings = SampleSettings(**read_json(run_dir / "samples" / SETTINGS_FILE))
+    file = run_dir / "samples" / SETTINGS_FILE
+    try:
+        settings = SampleSettings(**read_json(file))
+    except TypeError as error:
+        raise ConfigError(f"{file} is damaged: {error}; the run's next evaluation writes it anew") from error
     return model.eval(), load_tokenizer(run_dir / TOKENIZER_FILE), settings
 
 

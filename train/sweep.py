@@ -37,7 +37,8 @@ from train.engine.record import database_of
 from train.engine.run_folder import read_json, write_json
 from train.engine.script import sentences
 from train.engine.signals import EXIT_INTERRUPTED, Signals
-from train.sweep_space import COMMAND, Sweep, nearest
+from train.nearest import nearest
+from train.sweep_space import COMMAND, Sweep
 
 try:
     from optuna.trial import TrialState

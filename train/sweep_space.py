@@ -6,19 +6,19 @@ torch: a worker reads the file in a fraction of a second.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import random
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from train.nearest import nearest
 
 if TYPE_CHECKING:
     import optuna
@@ -46,11 +46,6 @@ NEEDS |= {"constant": ("value",), "categorical": ("values",), "beta": ("a", "b")
 NEEDS |= {"normal": ("mu", "sigma"), "log_normal": ("mu", "sigma")}
 QUANTIZED = ("uniform", "log_uniform", "log_uniform_values", "normal", "log_normal", "beta")
 DISTRIBUTIONS = (*NEEDS, *(f"q_{name}" for name in QUANTIZED))
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 @dataclass(frozen=True)

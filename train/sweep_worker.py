@@ -27,7 +27,8 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from train.children import end
-from train.sweep_space import Sweep, nearest
+from train.nearest import nearest
+from train.sweep_space import Sweep
 
 T = TypeVar("T")
 

@@ -37,7 +37,7 @@ from train.engine.run_folder import command_line, read_json, write_json
 from train.engine.script import sentences
 from train.molecular import MoleculeRun, baselines_of, build, task_of
 from train.molecular_report import torsions, weights_file
-from train.pictures import pyplot
+from train.pictures import new_figure
 
 Mode = Literal["plain", "scaled", "flow"]
 MILLION = 1_000_000
@@ -200,8 +200,8 @@ def table(modes: dict[str, dict[str, Any]]) -> list[str]:
 
 def draw(file: Path, modes: dict[str, dict[str, Any]]) -> None:
     """Round trips by energy calls: of the chains alone, and from where data and training had been paid for."""
-    plt = pyplot()
-    figure, (alone, counted) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = new_figure(11, 4)
+    alone, counted = figure.subplots(1, 2)
     ends = [[of["calls"][-1], sum(of["spent"].values()), of.get("break_even") or 0] for of in modes.values()]
     ahead = 1.5 * max(map(max, ends)) / MILLION
     for number, (name, of) in enumerate(modes.items()):
@@ -215,7 +215,6 @@ def draw(file: Path, modes: dict[str, dict[str, Any]]) -> None:
         axes.legend(fontsize="small")
         axes.set(xlim=(0, None), ylim=(0, None))
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

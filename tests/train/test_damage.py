@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from models.ten import TEN
-from tests.faults import KINDS, cut_back, damage, damageable, ending, judge
+from tests.chaos_compare import differences
+from tests.faults import KINDS, cut_back, damage, damageable, judge
 from tests.toy import ToyModel
 from train.engine import ConfigError
 from train.engine.checkpoint import Checkpoints, load_state, load_weights
@@ -73,7 +74,6 @@ def test_these_are_all_files_of_a_run_folder(whole):
     "tries", [pytest.param(SHORT, id="short"), pytest.param([*product(FILES, KINDS)], id="all", marks=pytest.mark.slow)]
 )
 def test_a_run_goes_on_exactly_whatever_file_is_damaged(whole, tries, make_trainer, capsys):
-    before = ending(whole)
     for number, (file, kind) in enumerate(tries):
         copy = whole.with_name(f"damaged{number}")
         if file == "results.json":
@@ -82,7 +82,7 @@ def test_a_run_goes_on_exactly_whatever_file_is_damaged(whole, tries, make_train
             cut_back(whole, copy)
         damage(copy / file, kind, random.Random(number))
         status, output = go_on(make_trainer, copy, capsys)
-        outcome, said = judge(copy, status, output, before, file)
+        outcome, said = judge(whole, copy, file, status, output)
         assert outcome == "exact", (file, kind, output[-500:])
         silent = any(word in file for word in SILENT) or (file, kind) in UNNOTICED
         assert silent or said, (file, kind, output[:500])
@@ -188,7 +188,7 @@ def test_a_folder_that_was_copied_without_its_links_goes_on(whole, make_trainer,
             shutil.copytree(target, cut / link)
         else:
             (cut / link).mkdir()
-    assert go_on(make_trainer, cut, capsys)[0] == 0 and ending(cut) == ending(whole)
+    assert go_on(make_trainer, cut, capsys)[0] == 0 and differences(whole, cut) == []
 
 
 # ---- full disks ------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def writes(make_trainer, monkeypatch) -> int:
 @pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_or_read_only_from_some_write_on_loses_nothing(make_trainer, monkeypatch, rows, every):
     number = writes(make_trainer, monkeypatch)
-    whole = ending(make_trainer("counted").config.run_dir)
+    whole = make_trainer("counted").config.run_dir
     for n in range(1, number, every):
         full = make_trainer(f"full{n}", **RUN)
         reason = (errno.ENOSPC, errno.EROFS)[n % 2]
@@ -227,7 +227,7 @@ def test_a_disk_that_is_full_or_read_only_from_some_write_on_loses_nothing(make_
                 full.train()
         assert str(full.run_dir) in str(stopped.value)  # a sentence that says which file
         make_trainer(f"full{n}", **RUN).train()  # in the same process: the lock was let go of
-        assert ending(full.run_dir) == whole, n
+        assert differences(whole, full.run_dir, database=False) == [], n
         assert [f.name for f in full.run_dir.iterdir() if f.name.startswith(".") and f.name != ".lock"] == []
 
 

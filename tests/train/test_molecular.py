@@ -42,6 +42,11 @@ def test_final_is_of_the_test_groups_beside_the_maps_to_beat(finished):
     )
 
 
+def test_a_plan_counts_what_the_flow_computes(finished):
+    """On tensors without data: nothing on the way may read one, which on a GPU would wait for it."""
+    assert " TFLOP per step" in finished[2]
+
+
 def test_the_untrained_flow_is_the_scaling_map(finished):
     folder, results, _ = finished
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.toy import ToyModel, ToyTask
 from train.engine import Trainer, TrainingConfig, guard
+from train.engine.backend import Backend
 from train.engine.guard import TrainingBroken
 from train.engine.metrics import read_rows
+from train.engine.optim import make_optimizer
 from train.engine.run_folder import read_json
 
 STEPS, BAD = 16, 9  # optimizer steps, and the first that something befalls
@@ -134,9 +136,64 @@ def quick() -> Iterator[None]:
         yield
 
 
+class Watch(TorchDispatchMode):
+    """Counts how often the host waits for a tensor (`.item()`, `bool()`, `float()`, C++'s too, and `.tolist()`), and
+    how often the processes sum one (but for DDP's gradients, in C++)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = self.sums = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Watch:
+        def tolist(tensor: torch.Tensor, plain: Callable = torch.Tensor.tolist) -> list:
+            self.reads += 1
+            return plain(tensor)
+
+        def sum_up(tensor: torch.Tensor, plain: Callable = torch.distributed.all_reduce) -> None:
+            self.sums += 1
+            plain(tensor)
+
+        self.patches = ExitStack()
+        self.patches.enter_context(patch.object(torch.Tensor, "tolist", tolist))
+        self.patches.enter_context(patch.object(torch.distributed, "all_reduce", sum_up))
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.patches.close()
+
+
+def asked_of_the_device(folder: Path, **settings) -> list[list[int]]:
+    """(reads, sums) of each step between two rows."""
+    trainer = faulty_trainer(folder, Fault(), log_every=6, eval_every=6, max_steps=6, **settings)
+    seen, watch, between, loop = [], Watch(), trainer._between_steps, trainer._loop
+
+    def counted() -> str:
+        if trainer.progress.step < 6:  # the last one has a row
+            # Reading which items make up a micro-batch costs no wait: those tensors never were on the device.
+            seen.append((watch.reads, watch.sums))
+        return between()
+
+    def watched() -> str:
+        with watch:
+            return loop()
+
+    trainer._between_steps, trainer._loop = counted, watched
+    trainer.train()
+    return [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(seen)]
+
+
+WAYS = [(optimizer, bad_step) for optimizer in ("adamw", "sgd") for bad_step in ("skip", "rewind", "stop")]
+
+
 def main(folder: Path) -> None:
     with quick():
-        seen = {name: outcome(faulty_trainer(folder / name, fault)) for name, fault in FAULTS.items()}
+        seen: dict = {name: outcome(faulty_trainer(folder / name, fault)) for name, fault in FAULTS.items()}
+        seen["asked"] = [asked_of_the_device(folder / "-".join(w), optimizer=w[0], bad_step=w[1]) for w in WAYS]
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
@@ -186,6 +243,12 @@ def test_what_befalls_one_process_is_judged_by_both_alike(two, name):
         assert fault.optimizer == "sgd" or abs(ends[0] - ends[1]) < 0.2
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_add_up_twice_and_read_once_a_step(two, rank):
+    """The items to come, and then loss, signals and clock in one."""
+    assert two[1 + rank]["asked"] == [[[1, 2]] * 4] * len(WAYS)
+
+
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +271,8 @@ def test_rewinding_without_end_is_given_up(tmp_path):
         trainer = faulty_trainer(tmp_path / "run", Fault(bad_step="rewind"), eval_every=BAD - 1)
         step = trainer.backend.step
 
-        def overflow(bad: torch.Tensor) -> None:
-            step(bad)
+        def overflow(bad: torch.Tensor, is_bad: bool) -> None:
+            step(bad, is_bad)
             if trainer.progress.step >= BAD:
                 trainer.inner.head.weight.data.fill_(INF)
 
@@ -218,55 +281,35 @@ def test_rewinding_without_end_is_given_up(tmp_path):
         assert "rewind" in seen["error"] and seen["banned"] == [BAD + 1, BAD + 2]
 
 
-class Reads(TorchDispatchMode):
-    """Counts the times that the host waits for a tensor: `.item()`, `bool()`, `float()` (C++'s too) and `.tolist()`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-    def tolist(self, tensor: torch.Tensor, tolist: Callable = torch.Tensor.tolist) -> list:
-        self.count += 1
-        return tolist(tensor)
-
-
-@pytest.mark.parametrize(
-    ("settings", "allowed"),
-    [
-        ({}, 0),  # the verdict stays on the device
-        ({"grad_clip": 0.0}, 0),
-        ({"optimizer": "sgd"}, 1),  # whose step cannot be skipped there
-        ({"bad_step": "rewind"}, 1),  # to know when to
-    ],
-    ids=str,
-)
-def test_between_rows_the_host_reads_the_device_as_often_as_it_may(tmp_path, settings, allowed, monkeypatch):
+@pytest.mark.parametrize(("optimizer", "bad_step"), WAYS)
+def test_one_process_reads_once_a_step_or_not_at_all(tmp_path, optimizer, bad_step):
+    """Fused Adam skips on the device; SGD cannot, and rewind and stop are the host's to do."""
     with quick():
-        trainer = faulty_trainer(tmp_path / "run", Fault(), log_every=STEPS, eval_every=STEPS, **settings)
-        counts, between = [], trainer._between_steps
-        reads = Reads()
-        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.tolist(tensor))
+        seen = asked_of_the_device(tmp_path / "run", optimizer=optimizer, bad_step=bad_step)
+    assert seen == [[int((optimizer, bad_step) != ("adamw", "skip")), 0]] * 4
 
-        def counted(seconds: float) -> str:
-            if trainer.progress.step < STEPS:  # the last one has a row
-                counts.append(reads.count)
-            return between(seconds)
 
-        trainer._between_steps = counted
-        loop = trainer._loop
+def test_a_step_that_reads_the_device_once_more_is_noticed(tmp_path, monkeypatch):
+    clip = Backend.clip
+    monkeypatch.setattr(Backend, "clip", lambda self, norm: clip(self, norm) * float(torch.ones(()) > 0))
+    with quick():
+        assert asked_of_the_device(tmp_path / "run") == [[1, 0]] * 4
 
-        def watched() -> str:
-            with reads:
-                return loop()
 
-        trainer._loop = watched
-        trainer.train()
-        # Reading which items make up a micro-batch costs no wait: those tensors never were on the device.
-        assert {b - a for a, b in pairwise(counts)} == {allowed}
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_loss_scale_shrinks_where_gradients_overflow_and_nobody_waits_for_it(tmp_path, optimizer):
+    """fp16, of which accelerate has none on a CPU: the scaler by hand, unscaling as `Backend.clip` has it done."""
+    trainer = faulty_trainer(tmp_path / "run", Fault(), optimizer=optimizer)
+    backend, model, scaler = trainer.backend, trainer.inner, torch.amp.GradScaler("cpu", init_scale=4.0)
+    backend.prepare(model, make_optimizer(model, trainer.config), 1)
+    backend.scaler, before = scaler, model.head.weight.detach().clone()
+    for bad, scale in ((True, 2.0), (False, 2.0)):
+        scaler.scale(model.head.weight.sum() * (INF if bad else 1.0)).backward()
+        scaler.unscale_(backend.optimizer)
+        with Watch() as watch:
+            backend.step(torch.tensor(float(bad)), bad)
+        assert watch.reads == 0 and scaler.get_scale() == scale
+        assert torch.equal(model.head.weight, before) == bad
 
 
 if __name__ == "__main__":

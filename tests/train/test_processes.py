@@ -35,7 +35,7 @@ def start(run_dir: Path, *flags: str, processes: int = 2) -> list[subprocess.Pop
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
-    outputs = [p.communicate(timeout=120)[0] for p in processes]
+    outputs = [p.communicate(timeout=600)[0] for p in processes]
     assert [p.returncode for p in processes] == [0] * len(processes), outputs[0]
     return outputs
 
@@ -53,7 +53,7 @@ def test_a_signal_to_one_process_stops_both_and_resume_is_exact(tmp_path, rows):
         if line.startswith("step 2/"):
             pair[1].send_signal(signal.SIGTERM)
             break
-    assert {p.wait(timeout=60) for p in pair} == {75}
+    assert {p.wait(timeout=600) for p in pair} == {75}
     assert read_json(cut / "run.json")["state"] == "interrupted"
     stopped_at = read_json(cut / "checkpoints" / "last" / "trainer.json")["step"]
     assert 2 <= stopped_at < 40

@@ -275,13 +275,13 @@ def test_optuna_learns_from_the_trials_before(worker, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metrics": {}}, "unknown key metrics; did you mean metric?"),
+        ({"metrics": {}}, "unknown key metrics (did you mean metric?)"),
         ({"metric": None}, "metric is missing"),
         ({"metric": {"name": "loss"}}, "as val/loss"),
         ({"metric": {"name": "val/loss", "goal": "minimise"}}, "minimize or maximize, not minimise"),
-        ({"method": "bayesian"}, "unknown method bayesian; did you mean bayes?"),
-        ({"command": ["${program}", "${arg}"]}, "unknown macro ${arg}; did you mean args?"),
-        ({"early_terminate": {"type": "hyperband", "min_iters": 3}}, "min_iters; did you mean min_iter?"),
+        ({"method": "bayesian"}, "unknown method bayesian (did you mean bayes?)"),
+        ({"command": ["${program}", "${arg}"]}, "unknown macro ${arg} (did you mean args?)"),
+        ({"early_terminate": {"type": "hyperband", "min_iters": 3}}, "min_iters (did you mean min_iter?)"),
         ({"parameters": {"lr": {"min": 2.0, "max": 1.0}}}, "min must be less than max, and 2.0 is not less than 1.0"),
         ({"parameters": {"lr": {"minimum": 2.0}}}, "unknown key minimum"),
         ({"parameters": {"lr": {"distribution": "log_unifrom", "min": 1, "max": 2}}}, "did you mean log_uniform?"),
@@ -307,7 +307,7 @@ def test_what_cannot_be_searched_is_said_before_the_first_trial(begin, tmp_path,
         (
             ["--trials=2"],
             {"parameters": {"layres": {"value": 1}}},
-            "program.py has no flag --layres; did you mean layers?",
+            "program.py has no flag --layres (did you mean layers?)",
         ),
         (["--trials=2", "--", "--run_dir=x"], {}, "--run_dir=x is what a sweep decides"),
         (["--trials=2"], {"program": "prgram.py"}, "prgram.py is not there"),
@@ -320,7 +320,7 @@ def test_what_cannot_be_searched_is_said_before_the_first_trial(begin, tmp_path,
 
 
 def test_a_metric_that_no_row_has_ends_the_sweep_at_the_first_rows(worker, tmp_path):
-    with pytest.raises(sweep_worker.SweepBroken, match=r"no row of .* has a val/los, only val/loss; did you mean"):
+    with pytest.raises(sweep_worker.SweepBroken, match=r"no row of .* has a val/los, only val/loss \(did you mean"):
         worker(3, "--slow", "0", metric={"name": "val/los", "goal": "minimize"})
     assert not processes_of(tmp_path / "runs" / "s" / "trial-0000")
 

@@ -77,7 +77,8 @@ class Backend:
         """The placed model as the loop calls it, `micro_batches` times a step: in its precision, with its hooks."""
         self.inner = model
         self.optimizer = optimizer
-        self.model, self.prepared_optimizer = self.accelerator.prepare(model, optimizer)
+        # The optimizer is prepared so that `clip` knows what to unscale; its wrapper's own step reads the device.
+        self.model, _ = self.accelerator.prepare(model, optimizer)
         # accelerate patches `forward` to run in 16 bits; we enter autocast where we call it, so that sampling and
         # saving see the module as it was built.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -91,8 +92,7 @@ class Backend:
 
         Fused Adam does it. Fused SGD does too, but a skipped first step leaves its momentum uninitialised (torch 2.13).
         """
-        fused_adam = isinstance(self.optimizer, torch.optim.Adam) and self.optimizer.defaults["fused"]
-        return fused_adam and self.scaler is None
+        return isinstance(self.optimizer, torch.optim.Adam) and bool(self.optimizer.defaults["fused"])
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -118,16 +118,19 @@ class Backend:
         parameters = [p for p in self.inner.parameters() if p.requires_grad]
         return self.accelerator.clip_grad_norm_(parameters, max_norm or float("inf")).detach()
 
-    def step(self, bad: Tensor) -> None:
-        """One optimizer step, none where `bad` (0-d float) is 1, and gradients cleared either way."""
+    def step(self, bad: Tensor, is_bad: bool) -> None:
+        """One optimizer step, none where `bad` (0-d float) is 1, and gradients cleared either way.
+
+        is_bad: the same as the host has read it, which it need not have where the optimizer `skips_on_device`.
+        """
         if self.skips_on_device:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self.prepared_optimizer.step()
-        elif not bad.item():
-            self.prepared_optimizer.step()
-        elif self.scaler is not None:
-            self.scaler.update()  # an overflow is how the scaler learns its scale
-        self.prepared_optimizer.zero_grad()
+        if self.skips_on_device or not is_bad:
+            self.optimizer.step()
+        if self.scaler is not None:
+            # `clip` has unscaled the gradients and noted what overflowed; the scaler's own step would read that again.
+            self.scaler.update()
+        self.optimizer.zero_grad()
 
     # ---- what is kept ------------------------------------------------------------------------------------------
 

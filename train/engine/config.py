@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -16,6 +15,7 @@ import tyro
 import yaml
 
 from train.engine.optim import TAKES_BETAS, OptimizerName, ScheduleName
+from train.nearest import nearest
 
 # The originals' names, each with ours. `--no_compile` needs no entry: it is the negative of `--compile`.
 ALIASES = {
@@ -113,6 +113,10 @@ class TrainingConfig:
     # Print parameters, FLOPs and memory against this machine; exit 0 if it fits, 1 if not.
     plan: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.run_dir, str):  # as it is written in Python, where no parser makes it a path
+            object.__setattr__(self, "run_dir", Path(self.run_dir))
+
     def problems(self) -> list[str]:
         """One sentence for each value that cannot work."""
         at_least_one: tuple[str, ...] = (
@@ -186,8 +190,7 @@ class TrainingConfig:
 
     def diff(self, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
         """Settings in which two configs differ: name -> (of this one, of the other)."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return {n: (mine.get(n), theirs.get(n)) for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)}
+        return differences(self.to_dict(), other.to_dict())
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -265,11 +268,7 @@ def read_settings(config_class: type[TrainingConfig], path: Path) -> dict[str, A
         raise ConfigError(f"--settings {path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--settings {path} must hold `name: value` lines, not a {type(values).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    values = {ALIASES.get(name, name): value for name, value in values.items()}
-    unknown = [f"{name}{nearest(name, fields)}" for name in values if name not in fields]
-    if unknown:
-        raise ConfigError(f"--settings {path} has unknown names: {', '.join(unknown)}")
+    values = by_our_names(config_class, values, said_by=f"--settings {path}")
     for name, value in values.items():
         if isinstance(value, list) and (flags := [word for word in value if str(word).startswith("--")]):
             raise ConfigError(f"--settings {path}: {name} holds {flags[0]}, a flag; only values may stand there")
@@ -277,10 +276,13 @@ def read_settings(config_class: type[TrainingConfig], path: Path) -> dict[str, A
     return {name: value for name, value in values.items() if value is not None and name not in config_class.actions}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a name that is not known."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def by_our_names(config_class: type[TrainingConfig], values: dict[str, Any], said_by: str) -> dict[str, Any]:
+    """`values` with the originals' names made ours. Raises ConfigError with the nearest name to one that is neither."""
+    known = [f.name for f in dataclasses.fields(config_class)]
+    values = {ALIASES.get(name, name): value for name, value in values.items()}
+    if unknown := [f"{name}{nearest(name, known)}" for name in values if name not in known]:
+        raise ConfigError(f"{said_by} has unknown names: {', '.join(unknown)}")
+    return values
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

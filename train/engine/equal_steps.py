@@ -15,7 +15,7 @@ from torch import nn
 from train.engine.config import ConfigError, TrainingConfig
 from train.engine.precision import synchronize
 from train.engine.processes import process_state
-from train.engine.run_folder import read_json, write_json
+from train.engine.run_folder import begun, read_json, write_json
 
 WARMUP_SHARE = 0.1  # of a run, at most: the originals' warm-ups were longer than their runs
 TIMED_STEPS = 3
@@ -38,9 +38,8 @@ def with_equal_steps(
 
     Raises ConfigError where its limits now name another length.
     """
-    file, state = root / "length.json", process_state(config)
-    if file.exists():
-        length = read_json(file)
+    state = process_state(config)
+    if (length := planned(root)) is not None:
         named = config.max_steps is not None or config.epochs is not None
         if named and (steps := common_length(config, models, seeds, epoch)) != length["max_steps"]:
             raise ConfigError(
@@ -51,15 +50,27 @@ def with_equal_steps(
         steps = common_length(config, models, seeds, epoch)
         warmup = min(config.warmup_steps, int(WARMUP_SHARE * steps)) if cap_warmup else config.warmup_steps
         length = {"max_steps": steps, "warmup_steps": warmup}
-        if state.is_main_process and not config.plan:
-            root.mkdir(parents=True, exist_ok=True)
-            write_json(file, length)
+    if state.is_main_process and not config.plan:
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "length.json", length)
     if state.is_main_process and length["warmup_steps"] < config.warmup_steps:
         print(
             f"warm-up     {length['warmup_steps']} steps, a tenth of the run's {length['max_steps']}, in place of "
             f"{config.warmup_steps}"
         )
     return dataclasses.replace(config, epochs=None, **length)
+
+
+def planned(root: Path) -> dict[str, int] | None:
+    """What was planned at first: as the runs below were begun, before whose checkpoints length.json may be damaged."""
+    for file in sorted(root.glob("*/config.json")):
+        if settings := begun(file.parent, file.name):
+            return {name: settings[name] for name in ("max_steps", "warmup_steps")}
+    file = root / "length.json"
+    try:
+        return read_json(file) if file.exists() else None
+    except ConfigError:
+        return None  # nothing was trained yet
 
 
 def common_length(config: TrainingConfig, models: Models, seeds: int, epoch: int) -> int:

@@ -40,10 +40,11 @@ class Predictor:
         return model.eval() if model is not None else None
 
     def total(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
-        """Each sum over all processes. Collective: every process calls it, with the same names."""
+        """Each sum over all processes. Collective; names are process 0's, for one that scored nothing may have none."""
+        names = self._backend.broadcast(list(sums))
         dtype = torch.float32 if self._backend.device.type == "mps" else torch.float64
-        values = [torch.as_tensor(v, dtype=dtype, device=self._backend.device) for v in sums.values()]
-        return dict(zip(sums, self._backend.sum(torch.stack(values)).tolist(), strict=True))
+        values = [torch.as_tensor(sums.get(n, 0), dtype=dtype, device=self._backend.device) for n in names]
+        return dict(zip(names, self._backend.sum(torch.stack(values)).tolist(), strict=True))
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.engine.config import ConfigError, differences, nearest
+from train.engine.config import ConfigError, differences
 from train.engine.metrics import Row, read_rows
 from train.engine.run_folder import is_held, now, read_json
+from train.nearest import nearest
 
 if TYPE_CHECKING:
     import pandas
@@ -41,7 +42,10 @@ SCHEMA = (
         kind TEXT NOT NULL, path TEXT NOT NULL, created TEXT NOT NULL, PRIMARY KEY (run_id, path))""",
 )
 # What a run folder's files are, for the table of artifacts.
-ARTIFACTS = {"checkpoint": "checkpoints/[bl]*", "plot": "plots/*.png", "sample": "samples/*.txt", "page": "*.html"}
+ARTIFACTS = {
+    "checkpoint": "checkpoints/[bl]*", "model": "*.pt", "plot": "plots/*.png", "sample": "samples/*.txt",
+    "page": "*.html",
+}  # fmt: skip
 # Values that may be the best, as with the engine's checkpoints: after a step of training, and finite.
 COUNTS = "m.step > 0 AND m.value > -9e999 AND m.value < 9e999"
 COLUMNS = """runs.*, sweeps.name AS sweep,

@@ -7,13 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from train.engine.backend import Backend
 from train.engine.config import TrainingConfig
 from train.engine.metrics import Bar, JsonlFile, Meter, Row, TensorBoardFile, WandbRun
 from train.engine.record import Record, database_of
 from train.engine.snapshot import Progress
+
+if TYPE_CHECKING:
+    from train.engine.trainer import Trainer
 
 KERNELS = logging.getLogger("kernels")
 
@@ -147,3 +152,30 @@ class Logbook:
         """Tell the database how the run ended, once the run folder says so."""
         if self._record is not None:
             self._record.conclude()
+
+
+def introduce(trainer: Trainer) -> None:
+    """What is known before the first step, for run.json and for whoever watches."""
+    backend, progress, threads = trainer.backend, trainer.progress, torch.get_num_threads()
+    facts = {
+        "state": "running",
+        "precision": backend.precision,
+        "precision_reason": backend.precision_reason,
+        "device": str(backend.device),
+        "launch": backend.name,
+        "processes": backend.world_size,
+        "threads": threads,
+        "monitor": trainer.task.monitor,
+        "mode": trainer.task.mode,
+    }
+    if trainer.folder is not None:
+        trainer.folder.describe(**facts, **trainer.facts)
+    trainer.book.say(
+        f"run folder  {trainer.run_dir}",
+        f"machine     {backend.world_size} process(es) on {backend.device}, {threads} threads each",
+        f"precision   {backend.precision}: {backend.precision_reason}",
+        f"data        {trainer.order.describe()}",
+        *trainer.plan.lines(),
+    )
+    if progress.step:
+        trainer.book.say(f"resumed     after step {progress.step} of {progress.total_steps or 'a number to come'}")

@@ -22,6 +22,8 @@ from train.engine.config import ConfigError, TrainingConfig
 from train.engine.run_folder import write_whole, writing
 
 Row = dict[str, Any]
+# At the end of a run W&B has this long to send what is left, and then keeps it on disk; it would wait for ever.
+SECONDS_TO_SEND = 60.0
 
 
 class Meter:
@@ -166,20 +168,30 @@ class WandbRun:
         mode = None if "WANDB_MODE" in os.environ else "online" if has_wandb_credentials() else "offline"
         if config.wandb != "auto":
             mode = config.wandb
-        self.say, self._lost = say, False
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tenfold"),
-            name=f"{run_dir.parent.name}/{run_dir.name}",
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            dir=run_dir.resolve(),  # its service keeps the folder that the process's first run began in
-            config=config.to_dict(),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        self.run.define_metric("*", step_metric="step")
-        self.id = self.run.id
-        say(f"wandb       {mode or os.environ['WANDB_MODE']}, run {self.id}")
+        about = {
+            "project": os.environ.get("WANDB_PROJECT", "tenfold"),
+            "name": f"{run_dir.parent.name}/{run_dir.name}",
+            "resume": "allow",
+            "dir": run_dir.resolve(),  # its service keeps the folder that the process's first run began in
+            "config": config.to_dict(),
+            "settings": wandb.Settings(silent=True, console="off", finish_timeout=SECONDS_TO_SEND),
+        }
+        self.say, self._lost, self.id = say, False, run_id
+        self.run: Any = None
+
+        def begin(mode: str | None) -> None:
+            self.run = wandb.init(**about, id=run_id, mode=mode)
+            self.run.define_metric("*", step_metric="step")
+            self.id = self.run.id
+            say(f"wandb       {mode or os.environ['WANDB_MODE']}, run {self.id}")
+
+        try:
+            begin(mode)
+        except Exception as error:  # no network, no account, no answer in 90 s: they name no common class
+            said = str(error).partition("\n")[0]
+            say(f"wandb       not reached ({said}); its rows stay in {run_dir / 'wandb'}, and `wandb sync` sends them")
+            with self._or_without():  # its service may be dead, by a signal to every process of a job
+                begin("offline")
 
     def log(self, row: Row) -> None:
         with self._or_without():
@@ -188,7 +200,8 @@ class WandbRun:
 
     def close(self) -> None:
         with self._or_without():
-            self.run.finish()
+            if self.run is not None:
+                self.run.finish()
 
     @contextmanager
     def _or_without(self) -> Iterator[None]:

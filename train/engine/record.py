@@ -72,6 +72,8 @@ class Record:
                 self._db.cut_back(self._run_id, step)
 
     def conclude(self) -> None:
-        """How the run ended, which run.json and results.json say by now."""
-        with self._or_say_so(), self._db or ExperimentDB(self.path) as db:
-            db.import_run(self.run_dir, rows=self._failed)
+        """How the run ended, and what files it left: both are in its folder by now. May be called again."""
+        if self._db is not None:
+            self._db.close()
+        with self._or_say_so(), ExperimentDB(self.path) as self._db:
+            self._db.import_run(self.run_dir, rows=self._failed)

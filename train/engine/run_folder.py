@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,17 @@ def begun(run_dir: Path | None, name: str) -> dict[str, Any]:
     return read_json(run_dir / name) if (run_dir / name).exists() else {}
 
 
-def default_run_dir() -> Path:
-    """runs/<script>/<time stamp>, below the current folder."""
-    return Path("runs") / Path(sys.argv[0]).stem / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+def weights_of(checkpoint: Path) -> Path:
+    """The file of the weights that a checkpoint's scores are of: the averaged ones where it has them."""
+    averaged = checkpoint / "ema.safetensors"
+    return averaged if averaged.exists() else checkpoint / "model.safetensors"
+
+
+def default_run_dir(name: str | None = None) -> Path:
+    """runs/<name or script>/<time stamp>, below the current folder; further ones of the same second are numbered."""
+    first = Path("runs") / (name or Path(sys.argv[0]).stem) / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folders = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in count(1))
+    return next(folder for folder in folders if not folder.exists())
 
 
 class RunFolder:

@@ -53,7 +53,7 @@ class ShardedBackend(Backend):
                 f"take --optimizer adamw, or another of {', '.join(c.__name__.lower() for c in ELEMENTWISE)}"
             )
         self.inner = model
-        self.optimizer = self.prepared_optimizer = optimizer
+        self.optimizer = optimizer
         return model
 
     def place(self, model: nn.Module) -> None:

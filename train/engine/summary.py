@@ -176,18 +176,15 @@ def _against_the_machine(trainer: Trainer) -> tuple[float | None, float | None]:
 
 def plot_curves(run_dir: Path, floors: dict[str, float], monitor: str) -> None:
     """plots/loss.png: every training part, and the monitored validation score with its floors as lines."""
-    import matplotlib  # here, because it takes half a second that only process 0 needs, and only at the end
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot, whose backend is a notebook's own choice; here, for it is slow
 
     rows = read_rows(run_dir / "metrics.jsonl")
     train = [r for r in rows if r["split"] == "train"]
     val = [r for r in rows if r["split"] == "val"]
     parts = [n for n in (train[0] if train else {}) if n == "loss" or n.endswith("_loss")]
     rows_of_axes = -(-(len(parts) + 2) // 3)
-    figure, grid = plt.subplots(rows_of_axes, 3, figsize=(12, 3.4 * rows_of_axes), layout="constrained")
-    axes = list(grid.flat)
+    figure = Figure(figsize=(12, 3.4 * rows_of_axes), layout="constrained")
+    axes = list(figure.subplots(rows_of_axes, 3).flat)
     for unused in axes[len(parts) + 2 :]:
         unused.set_visible(False)
     axes = axes[: len(parts) + 2]
@@ -204,4 +201,3 @@ def plot_curves(run_dir: Path, floors: dict[str, float], monitor: str) -> None:
         axes[-1].legend(fontsize="small")
     axes[-1].set(title=f"validation {monitor}", xlabel="optimizer step")
     figure.savefig(run_dir / "plots" / "loss.png", dpi=110)
-    plt.close(figure)

@@ -40,18 +40,19 @@ class TaskSpec:
         if self.metrics and self.loss == "model":
             raise ConfigError(f"metrics of {self.name} need loss cross_entropy or mse, or a task with its own evaluate")
 
+    def with_loss(self, model: nn.Module) -> nn.Module:
+        return model if self.loss == "model" else WithLoss(model, self)
+
     def summed_loss(self, output: Tensor, target: Tensor) -> Tensor:
         if self.loss == "cross_entropy":
             return F.cross_entropy(output.flatten(0, -2), target.flatten(), ignore_index=IGNORED, reduction="sum")
         if output.shape != target.shape:  # torch would broadcast [B, 1] against [B] to [B, B], and train
-            raise ConfigError(
-                f"mse needs an output of its target's shape {list(target.shape)}, not {list(output.shape)}"
-            )
+            raise ConfigError(f"mse needs an output of the target's shape {[*target.shape]}, not {[*output.shape]}")
         return F.mse_loss(output, target, reduction="sum")
 
 
 class WithLoss(nn.Module):
-    """A plain module as the engine calls it: with a loss over `num_items`; its `logits` too where it is evaluated."""
+    """A plain module as the engine calls it: with a loss over `num_items`; where it is evaluated, its metrics too."""
 
     def __init__(self, model: nn.Module, spec: TaskSpec) -> None:
         super().__init__()
@@ -62,20 +63,17 @@ class WithLoss(nn.Module):
         target = batch.get(self.spec.target_field)
         if target is None:
             return {"logits": output}
-        loss = self.spec.summed_loss(output, target) / (_count(target) if num_items is None else num_items)
-        return {"loss": loss} if self.training else {"loss": loss, "logits": output}
-
-
-def plain_module(model: nn.Module) -> nn.Module:
-    """What a `WithLoss` was made of; any other module as it is."""
-    return model.model if isinstance(model, WithLoss) else model
+        scores = {"loss": self.spec.summed_loss(output, target)}
+        if not self.training:
+            scores |= {name: metric(output, target) for name, metric in self.spec.metrics.items()}
+        items = _count(target).clamp(min=1) if num_items is None else num_items
+        return {name: score / items for name, score in scores.items()}
 
 
 def _count(target: Tensor) -> Tensor:
     """Targets that count, 0-d int64."""
-    if target.is_floating_point():
-        return torch.tensor(target.numel(), device=target.device)
-    return (target != IGNORED).sum()
+    counted = torch.ones_like(target) if target.is_floating_point() else target != IGNORED
+    return counted.sum(dtype=torch.int64)
 
 
 class UniversalDataModule:
@@ -103,23 +101,21 @@ class UniversalDataModule:
 
     def evaluate(self, predict: Predictor) -> dict[str, float]:
         """Means over what counts, so that a short batch weighs as little as it holds."""
-        starts = range(0, len(self.val), self.batch_size)
+        batches = [range(len(self.val))[i : i + self.batch_size] for i in range(0, len(self.val), self.batch_size)]
         sums: dict[str, Any] = {"items": 0}
-        for i in predict.share(len(starts)):
-            batch = self.collate([self.val[j] for j in range(len(self.val))[starts[i] : starts[i] + self.batch_size]])
-            items, target = self.num_items(batch), batch[self.spec.target_field]
-            # One call a batch: where weights come together for each forward, all processes must make as many.
-            out = {name: value.cpu() for name, value in predict(batch).items()}
-            scores = {name: value * items for name, value in out.items() if name != "logits"}
-            scores |= {name: metric(out["logits"], target) for name, metric in self.spec.metrics.items()}
-            sums = {name: sums.get(name, 0) + value for name, value in {**scores, "items": items}.items()}
+        for number in predict.share(len(batches)):
+            batch = self.collate([self.val[i] for i in batches[number]])
+            items = self.num_items(batch)
+            for name, mean in {**predict(batch), "items": 1}.items():
+                sums[name] = sums.get(name, 0) + mean * items
         total = predict.total(sums)
         return {name: value / total["items"] for name, value in total.items() if name != "items"}
 
 
 def _stack(values: Sequence[Any], padding: int) -> Tensor:
     tensors = [torch.as_tensor(value) for value in values]
-    ragged = len({len(t) for t in tensors if t.ndim}) > 1
-    if ragged and tensors[0].is_floating_point() and padding:
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(tensors)
+    if padding and tensors[0].is_floating_point():
         raise ConfigError("targets that are no classes must have one length; cut or pad them to it")
-    return pad_sequence(tensors, batch_first=True, padding_value=padding) if ragged else torch.stack(tensors)
+    return pad_sequence(tensors, batch_first=True, padding_value=padding)

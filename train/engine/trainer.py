@@ -20,14 +20,14 @@ from train.engine.fit import first_micro_batch, fit, recompute_if_asked
 from train.engine.guard import PATIENCE, Guard, TrainingBroken
 from train.engine.launch import open_backend
 from train.engine.limits import LAST_WORDS, SECONDS_TO_RISK, Intervals, Limits
-from train.engine.logbook import Logbook
+from train.engine.logbook import Logbook, introduce
 from train.engine.metrics import Row, Stopwatch
 from train.engine.optim import learning_rate, make_optimizer, set_learning_rate
 from train.engine.order import MicroBatches, micro_batches_per_step, order_of, windows
 from train.engine.plan import make_plan
 from train.engine.precision import synchronize
 from train.engine.run_folder import RunFolder, begun, default_run_dir, read_json
-from train.engine.signals import EXIT_INTERRUPTED, Signals
+from train.engine.signals import EXIT_INTERRUPTED, Agreed, Signals
 from train.engine.snapshot import Progress, Snapshot, seed_generators
 from train.engine.summary import Results, already_finished, cpu_matmul_rate, finish
 
@@ -76,6 +76,7 @@ class Trainer:
         self.clock = Stopwatch(self.backend.device)
         self.guard = Guard(self.backend.device)
         self.signals = Signals()
+        self.agreed = Agreed()
         self.folder: RunFolder | None = None
         self.feed: Generator[list[dict]] | None = None
         self.saved_step: int | None = None  # where all that is known is in a checkpoint
@@ -169,7 +170,7 @@ class Trainer:
         self.limits = Limits(config, self.order.steps_per_epoch, self.progress.spent)
         self._seconds = {"evaluation": 0.0, "save": 12 * self.plan.num_parameters / 2e8}  # until they are measured
         self.matmul_rate_before = cpu_matmul_rate(backend)
-        self._introduce()
+        introduce(self)
         steps = self.limits.max_steps
         if self.progress.total_steps is None and steps is not None and not self.limits.has_clock:
             self._fix_length(steps, Intervals.of(config, steps))
@@ -185,33 +186,6 @@ class Trainer:
             found = find_checkpoint(Path(self.config.resume), self.book.say)
         return found
 
-    def _introduce(self) -> None:
-        backend = self.backend
-        facts = {
-            "state": "running",
-            "precision": backend.precision,
-            "precision_reason": backend.precision_reason,
-            "device": str(backend.device),
-            "launch": backend.name,
-            "processes": backend.world_size,
-            "threads": torch.get_num_threads(),
-            "monitor": self.task.monitor,
-            "mode": self.task.mode,
-        }
-        if self.folder is not None:
-            self.folder.describe(**facts, **self.facts)
-        self.book.say(
-            f"run folder  {self.run_dir}",
-            f"machine     {backend.world_size} process(es) on {backend.device}, {torch.get_num_threads()} threads each",
-            f"precision   {backend.precision}: {backend.precision_reason}",
-            f"data        {self.order.describe()}",
-            *self.plan.lines(),
-        )
-        if self.progress.step:
-            self.book.say(
-                f"resumed     after step {self.progress.step} of {self.progress.total_steps or 'a number to come'}"
-            )
-
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def _loop(self) -> str:
@@ -222,7 +196,7 @@ class Trainer:
         while progress.step != progress.total_steps:
             if progress.step and (stopped_by := self._evaluate_and_save()):
                 return stopped_by
-            started = time.perf_counter()
+            self.step_began = time.perf_counter()
             with self.clock("data"):
                 window = next(self.feed)
             if progress.step in progress.banned_steps:
@@ -234,18 +208,17 @@ class Trainer:
             progress.step += 1
             if progress.total_steps is None:
                 synchronize(self.backend.device)
-                first_steps.append(time.perf_counter() - started)
+                first_steps.append(time.perf_counter() - self.step_began)
                 if progress.step >= self.limits.steps_to_measure:
                     # The very first pays for allocation and compilation: it counts only where it is all there is.
                     each = mean(first_steps[1:] or first_steps)
                     self._fix_length(*self.limits.fix(progress.step, each, sum(self._seconds.values())))
-            if stopped_by := self._between_steps(time.perf_counter() - started):
+            if stopped_by := self._between_steps():
                 return stopped_by
         return self.limits.reason(progress.step, late=False)
 
     def step(self, window: list[dict]) -> bool:
         """One optimizer step over a window of micro-batches; False if it led back to an earlier checkpoint."""
-        progress = self.progress
         set_learning_rate(self.optimizer, self.learning_rate())
         window = [self.backend.move(batch) for batch in window]
         items = self._count_items(window)
@@ -259,12 +232,29 @@ class Trainer:
             parts = {name: value.detach() + parts.get(name, 0) for name, value in losses.items()}
         with self.clock("optimizer"):
             norm = self.backend.clip(self.config.grad_clip)
-            bad = self.guard.verdict(progress.step, self.backend.sum(parts["loss"]), norm)
-            self.backend.step(bad)
+            bad = self._agree(parts["loss"], norm)
+            self.backend.step(bad, self.agreed.bad)
             if self.ema is not None:
                 self.ema.update_parameters(self.inner)
         self.book.meter.add(parts, norm, items, bad)
-        return self.config.bad_step == "skip" or not bad.item() or self._bad_step()
+        return self.config.bad_step == "skip" or not self.agreed.bad or self._bad_step()
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """The verdict on this step, 0-d, and `agreed`: one small sum over the processes, read once or not at all.
+
+        It is read before the optimizer steps: the host then prepares the next batch while the device still works.
+        """
+        step_seconds = time.perf_counter() - self.step_began  # the optimizer's part is within the limits' slack
+        late = self.limits.out_of_time(step_seconds, sum(self._seconds.values()))
+        flags = [self.signals.received is not None, late]
+        votes = self.backend.sum(torch.stack([loss, *(torch.full_like(loss, flag) for flag in flags)]))
+        bad = self.guard.verdict(self.progress.step, votes[0], norm)
+        is_bad = False
+        if self.backend.world_size > 1 or not self.backend.skips_on_device or self.config.bad_step != "skip":
+            votes[0] = bad
+            is_bad, *flags = (votes > 0).tolist()
+        self.agreed = Agreed(is_bad, *flags)
+        return bad
 
     def learning_rate(self) -> float:
         progress = self.progress
@@ -302,17 +292,15 @@ class Trainer:
 
     # ---- between steps -------------------------------------------------------------------------------------------
 
-    def _between_steps(self, step_seconds: float) -> str:
+    def _between_steps(self) -> str:
         """A row where one is due, and whether to go on. Returns the name of the limit that ends the run, or ""."""
-        progress = self.progress
-        late = self.limits.out_of_time(step_seconds, sum(self._seconds.values()))
-        signal, late = self.backend.any(self.signals.received is not None, late)
+        progress, late = self.progress, self.agreed.late
         ending = late or progress.step in (progress.total_steps, self.limits.max_steps)
         if ending or progress.step % progress.intervals.log == 0:
             self._log_row()
         if ending:
             return self.limits.reason(progress.step, late)
-        if signal:
+        if self.agreed.signal:
             self._interrupt()
         return ""
 
@@ -345,9 +333,13 @@ class Trainer:
     def evaluate(self) -> bool:
         """A validation row; whether it is among the best. The hooks see it before it returns."""
         progress, task = self.progress, self.task
-        unsaved = progress.step and self.saved_step != progress.step
-        if unsaved and self.backend.any(self._seconds["evaluation"] > SECONDS_TO_RISK)[0]:
-            self.save()
+        if progress.step and self.saved_step != progress.step:
+            risky = self._seconds["evaluation"] > SECONDS_TO_RISK
+            signal, risky = self.backend.any(self.signals.received is not None, risky)
+            if signal:
+                self._interrupt()
+            if risky:
+                self.save()
         started = time.perf_counter()
         with self.book.pause(), aside(self.predict.model):
             scores = self.backend.broadcast(task.evaluate(self.predict))

@@ -110,7 +110,7 @@ class ZeroBackend(ShardedBackend):
 
     @property
     def skips_on_device(self) -> bool:
-        return False
+        return True  # by the norm, see `step`; what the engine itself reads is its own
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -126,7 +126,7 @@ class ZeroBackend(ShardedBackend):
         self.norm = self.measure_norm().detach().to(self.device, torch.float32)
         return torch.where(self.norm < 0, torch.inf, self.norm)
 
-    def step(self, bad: Tensor) -> None:
+    def step(self, bad: Tensor, is_bad: bool) -> None:
         self.norm = torch.where(bad.bool(), INVALID_NORM, self.norm)
         self.engine.step()
 
