@@ -269,6 +269,6 @@ def backward(
         carry = _sent(outs[-1].both, decays[-1], keeps[-1])[:, 0]
     # With z the sum of dc_t * conj(c_{t-1}): d log_rho = Re(conj(lambda) * z), d omega = Im(conj(lambda) * z).
     a, b = conj.factors[0].squeeze(-2), conj.factors[1]
-    grad_log_rho, grad_omega = a * sums[0] - b * sums[1], a * sums[1] + b * sums[0]
+    grad_log_rho, grad_omega = (a * sums[0]).addcmul_(b, sums[1], value=-1), (a * sums[1]).addcmul_(b, sums[0])
     grad_log_rho, grad_omega = grad_log_rho.to(log_rho.dtype), grad_omega.to(log_rho.dtype)
     return grad.flatten(2).to(states.dtype), grad_log_rho, grad_omega, carry.flatten(1).clone()

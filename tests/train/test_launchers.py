@@ -67,7 +67,11 @@ def run_launched(folder: Path, environments: dict[str, dict[str, str]], processe
         env = {**os.environ, **{k: str(v) for k, v in variables.items()}}
         command = [sys.executable, launched.__file__, str(folder), *environments]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in started]  # a busy machine takes minutes
+    finally:
+        for process in started:
+            process.kill()  # one that waits for another that has died
     assert [process.returncode for process in started] == [0] * processes, outputs[0][-4000:]
 
 

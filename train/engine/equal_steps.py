@@ -58,7 +58,7 @@ def with_equal_steps(
             f"warm-up     {length['warmup_steps']} steps, a tenth of the run's {length['max_steps']}, in place of "
             f"{config.warmup_steps}"
         )
-    return dataclasses.replace(config, epochs=None, **length)
+    return dataclasses.replace(config, epochs=None, max_steps=length["max_steps"], warmup_steps=length["warmup_steps"])
 
 
 def planned(root: Path) -> dict[str, int] | None:
