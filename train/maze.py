@@ -115,6 +115,8 @@ class MazeRun(TrainingConfig):
                 found.append(f"--{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.ent_anneal and not self.route_ent_weight:
             found.append("--ent_anneal has nothing to anneal with --route_ent_weight 0; give a weight, as 5e-4")
+        if not self.models:
+            found.append("--models needs at least one model, as baseline or poh")
         if len(set(self.models)) < len(self.models):
             found.append(f"--models names one twice: {' '.join(self.models)}")
         if self.legacy and set(self.models) - {"baseline", "poh", "poh_depth3"}:

@@ -141,6 +141,7 @@ def test_legacy_is_the_originals_pair():
         ("--suite perfect-2", "N must lie in 3..100"),
         ("--suite maze", "no maze suite is called 'maze'"),
         ("--ent_anneal", "--ent_anneal has nothing to anneal"),
+        ("--models", "--models needs at least one model"),
         ("--models poh poh", "--models names one twice"),
         ("--legacy --models trm", "--legacy has the original's models only"),
         ("--test_sizes 16 20", "--test_sizes needs --position rope2d"),
