@@ -298,3 +298,16 @@ def test_every_load_says_that_it_wants_weights_only():
             assert name != "torch.load" or keywords.get("weights_only") == "True", f"{file}:{call.lineno}"
             assert keywords.get("allow_pickle", "False") == "False", f"{file}:{call.lineno}"
             assert name not in ("pickle.load", "pickle.loads", "joblib.load"), f"{file}:{call.lineno}"
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_the_links_has_them_anew(make_trainer, whole, tmp_path, capsys):
+    """The links are as the save before left them, and there is no save after it to move them."""
+    run_dir = tmp_path / "killed"
+    shutil.copytree(whole, run_dir, symlinks=True)
+    before = {link: os.readlink(run_dir / link) for link in LINKS}
+    for link in LINKS:
+        (run_dir / link).unlink()
+        (run_dir / link).symlink_to("step-00000002")
+    (run_dir / "results.json").unlink()
+    assert go_on(make_trainer, run_dir, capsys)[0] == 0
+    assert {link: os.readlink(run_dir / link) for link in LINKS} == before

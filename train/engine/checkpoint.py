@@ -128,17 +128,24 @@ class Checkpoints:
         if sealed.exists():  # a step is saved again after a rewind; its old folder goes when the new one is there
             sealed.rename(outdated)
         aside.rename(sealed)
-        self._link("last", sealed.name)
-        # After a fall back to an older checkpoint its table may name folders that are gone.
-        names = [name for e in best if (self.folder / (name := f"step-{e['step']:08d}")).exists()][:KEEP_BEST]
-        for place in range(KEEP_BEST):
-            self._link(f"best-{place + 1}", names[place] if place < len(names) else None)
-        keep = {sealed.name, *names}
+        keep = self.link(sealed, best)
         _flush(self.folder)
         for old in self.folder.glob("*step-*"):  # and what killed processes left
             if old.name not in keep:
                 shutil.rmtree(old, ignore_errors=True)  # what somebody holds open goes the next time
         return sealed
+
+    def link(self, newest: Path, best: list[dict]) -> set[str]:
+        """Let the links name the newest checkpoint and those of its table; returns the names of these folders.
+
+        After a kill between a rename and the links no later save might do it.
+        """
+        self._link("last", newest.name)
+        # After a fall back to an older checkpoint its table may name folders that are gone.
+        names = [name for e in best if (self.folder / (name := f"step-{e['step']:08d}")).exists()][:KEEP_BEST]
+        for place in range(KEEP_BEST):
+            self._link(f"best-{place + 1}", names[place] if place < len(names) else None)
+        return {newest.name, *names}
 
     def _link(self, name: str, target: str | None) -> None:
         link = self.folder / name

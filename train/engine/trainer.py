@@ -165,6 +165,7 @@ class Trainer:
             self.snapshot.read(source)
             if source.is_relative_to(self.run_dir):
                 self.saved_step = self.progress.step
+                backend.on_main(lambda: checkpoints.link(source, self.progress.best))
             else:
                 self.progress.keep_only_step()
         self.limits = Limits(config, self.order.steps_per_epoch, self.progress.spent)
