@@ -50,7 +50,8 @@ def test_a_resumed_run_keeps_its_id_and_no_step_is_dropped(make_trainer, tmp_pat
         (tmp_path / str(number) / "wandb").mkdir(parents=True)
         part.rename(tmp_path / str(number) / "wandb" / part.name)
         history += offline_history(tmp_path / str(number))
-    assert len(parts) == 2 and len({part.name.rpartition("-")[2] for part in parts}) == 1  # which is the id
+    # offline-run-TIME-ID, and -1 after it where both began in the same second
+    assert len(parts) == 2 and len({part.name.split("-")[3] for part in parts}) == 1
     assert history == [flat(row) for row in read_rows(whole.run_dir / "metrics.jsonl")]
 
 
