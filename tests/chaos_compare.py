@@ -144,7 +144,7 @@ def wandb_histories(run: Path) -> tuple[set[str], list[dict]]:
     """(ids of the run's offline parts, rows of all of them); a part may be torn where its writer was killed."""
     ids, rows = set(), []
     for file in (run / "wandb").glob("offline-run-*/run-*.wandb"):
-        ids.add(file.parent.name.rpartition("-")[2])
+        ids.add(file.stem.removeprefix("run-"))  # run-ID.wandb
         for data in log_records(file.read_bytes()):
             try:
                 record = wandb_internal_pb2.Record.FromString(data)
