@@ -148,12 +148,8 @@ def _multiply_add(x: Tensor | None, state: _State, decay: tuple[Tensor, Tensor],
 def _carry(ends: Tensor, products: list, keep: Tensor | None, state: Tensor, reverse: bool = False) -> Tensor:
     """The states [B, N, 2, K] that enter the chunks: state the first one, ends[:, j] is where chunk j ends from 0."""
     entering = torch.empty_like(ends)
-    order, into = (
-        list(range(ends.shape[1])),
-        list(map(_State, entering.unbind(1), *(p.unbind(1) for p in entering.unbind(-2)))),
-    )
-    if reverse:
-        order.reverse()
+    order = range(ends.shape[1])[:: -1 if reverse else 1]
+    into = list(map(_State, entering.unbind(1), *(p.unbind(1) for p in entering.unbind(-2))))
     entering[:, order[0]] = state
     for here, after in pairwise(order):
         before = _kept(into[here], None if keep is None else keep[:, here])

@@ -1,6 +1,6 @@
 """ICSplineTransport: spline couplings of bonds, angles and dihedrals, on top of the √T map.
 
-    model = ICSplineTransport(ICTransportConfig(zmatrix=system.zmatrix, soft=system.soft))
+    model = ICSplineTransport(ICTransportConfig(zmatrix=system.zmatrix, soft=system.soft, flips=system.flips))
     model.set_means(cold, hot)                              # frames [n, N, 3] nm of the two ends
     model.energy_fn = potential
     model(cold, hot, cold_energy, hot_energy)["loss"].backward()

@@ -106,7 +106,7 @@ class Potential:
             )
         key = (x.device, x.dtype)
         if key not in self._tables:
-            torch.empty(KEPT, dtype=torch.uint8)
+            torch.empty(KEPT, dtype=torch.uint8)  # and freed at once
             moved = {
                 name: table.to(x.dtype if table.is_floating_point() else table.dtype).to(x.device)
                 for name, table in self._constants._asdict().items()

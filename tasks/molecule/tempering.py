@@ -164,8 +164,8 @@ class Tempering:
         """After swaps: a half turn about each bond (`System.flip_axes`), tried at every temperature. Velocities stay,
         for they don't depend on positions."""
         for axis in axes:
-            settings = {"generator": self.generator}
-            self.x, self.energies, _ = flip(self.potential, self.x, self.energies, self._kelvin, *axis, **settings)
+            state = self.x, self.energies, self._kelvin
+            self.x, self.energies, _ = flip(self.potential, *state, *axis, generator=self.generator)
             self.energy_calls += self.labels.numel()
 
     def _swap(self, k: int) -> None:

@@ -42,10 +42,8 @@ SCHEMA = (
         kind TEXT NOT NULL, path TEXT NOT NULL, created TEXT NOT NULL, PRIMARY KEY (run_id, path))""",
 )
 # What a run folder's files are, for the table of artifacts.
-ARTIFACTS = {
-    "checkpoint": "checkpoints/[bl]*", "model": "*.pt", "plot": "plots/*.png", "sample": "samples/*.txt",
-    "page": "*.html",
-}  # fmt: skip
+ARTIFACTS = {"checkpoint": "checkpoints/[bl]*", "plot": "plots/*.png", "sample": "samples/*.txt"}
+ARTIFACTS |= {"model": "*.pt", "page": "*.html"}
 # Values that may be the best, as with the engine's checkpoints: after a step of training, and finite.
 COUNTS = "m.step > 0 AND m.value > -9e999 AND m.value < 9e999"
 COLUMNS = """runs.*, sweeps.name AS sweep,
