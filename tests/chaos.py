@@ -30,8 +30,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # started as a script, with only tests/ on the path
 
-from tests.chaos_compare import differences, run_files, wandb_histories  # noqa: E402
-from train.engine.metrics import read_rows  # noqa: E402
+from tests.chaos_compare import differences, run_files, wandb_differences  # noqa: E402
 from train.engine.run_folder import read_json  # noqa: E402
 
 # Hard on purpose: rows, evaluations and checkpoints at steps of their own, windows of several micro-batches, averaged
@@ -106,12 +105,12 @@ def strike_until_done(runs: Runs, strikes: list[dict[str, Any]], name: str) -> l
         elif seen["status"] != 0:
             break
     seen = runs.launch(run_dir)
-    differ = differences(runs.whole, run_dir)
+    differ = [*differences(runs.whole, run_dir), *wandb_differences(run_dir)]
     if seen["status"] != 0:
         differ = [f"it did not come to its end: {seen['output'].read_text()[-1500:]}"]
     for row in rows:
         lost = [*([row["problem"]] if row["problem"] else []), *differ]
-        row |= {"survived": not lost, "differs": lost, "wandb": wandb_of(run_dir)}
+        row |= {"survived": not lost, "differs": lost}
     return rows
 
 
@@ -128,17 +127,6 @@ def problem_of(seen: dict[str, Any], aim: dict[str, Any], run_dir: Path) -> str:
         return ""
     finished = begun and states == {"finished"}  # it came at the last step
     return "" if finished else f"exits {exits or 'none'}, run.json {states}: {seen['output'].read_text()[-600:]}"
-
-
-def wandb_of(run_dir: Path) -> dict[str, int]:
-    """Runs on W&B that should be one, and rows of metrics.jsonl that none of its parts has."""
-    ids, missing = 0, 0
-    for file in run_files(run_dir, "metrics.jsonl"):
-        own, history = wandb_histories(file.parent)
-        ids = max(ids, len(own))
-        seen = {(row.get("step"), name.partition("/")[0]) for row in history for name in row if "/" in name}
-        missing += sum((row["step"], row["split"]) not in seen for row in read_rows(file))
-    return {"ids": ids, "missing_rows": missing}
 
 
 def plan_kills(counts: dict[int, Counter[str]], draw: random.Random, kinds: list[str], most: int) -> list[dict]:
@@ -218,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for row in new:
             came_of_it = "survived" if row["survived"] else "LOST " + "; ".join(row["differs"])
             where = f"{row['event']} #{row['number']}, {row['family']} with {row['processes']} process(es)"
-            print(f"{len(rows):>4} {kind_of(row)}, {where}: {came_of_it}; W&B {row['wandb']}", flush=True)
+            print(f"{len(rows):>4} {kind_of(row)}, {where}: {came_of_it}", flush=True)
         args.output.write_text(json.dumps(rows, indent=1))
         if all(row["survived"] for row in new):
             shutil.rmtree(runs.folder / f"struck-{number - 1}")

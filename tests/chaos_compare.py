@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from google.protobuf.message import DecodeError
 from safetensors.torch import load_file
-from wandb.proto import wandb_internal_pb2
 
-from tests.train.test_metrics import log_records
+from tests.train.test_metrics import as_on_wandb, wandb_rows
 from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
 from train.engine.run_folder import read_json
@@ -140,16 +138,16 @@ def _first_difference(a: str, b: str) -> str:
     return next((f"{x.strip()} -> {y.strip()}" for x, y in pairs if x != y), "one is longer")
 
 
-def wandb_histories(run: Path) -> tuple[set[str], list[dict]]:
-    """(ids of the run's offline parts, rows of all of them); a part may be torn where its writer was killed."""
-    ids, rows = set(), []
-    for file in (run / "wandb").glob("offline-run-*/run-*.wandb"):
-        ids.add(file.stem.removeprefix("run-"))  # run-ID.wandb
-        for data in log_records(file.read_bytes()):
-            try:
-                record = wandb_internal_pb2.Record.FromString(data)
-            except DecodeError:
-                break
-            if record.WhichOneof("record_type") == "history":
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-    return ids, rows
+def wandb_differences(root: Path) -> list[str]:
+    """Where a run, or a sub-run, is not one on W&B, or its newest offline part has not each row once, in order."""
+    found = []
+    for file in run_files(root, "metrics.jsonl"):
+        run, rows = file.parent, read_rows(file)
+        parts = sorted((run / "wandb").glob("offline-run-*"))
+        logs = [next(part.glob("run-*.wandb")) for part in parts]
+        if len({log.name for log in logs}) != 1:  # run-ID.wandb
+            found.append(f"{run.name} is {len({log.name for log in logs})} runs on W&B")
+            continue
+        if lasting(wandb_rows(logs[-1])) != lasting([as_on_wandb(row) for row in rows]):
+            found.append(f"{run.name} has other rows on W&B")
+    return found

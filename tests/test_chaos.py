@@ -299,7 +299,7 @@ def test_a_run_that_dies_before_its_first_checkpoint_stays_one_run_on_wandb(tmp_
 
     def begin(config, run_dir, run_id, say):
         ids.append(run_id)
-        return SimpleNamespace(id=run_id or "new", log=lambda row: None, close=lambda: None)
+        return SimpleNamespace(id=run_id or "new", num_rows=0, log=lambda row: None, close=lambda: None)
 
     monkeypatch.setattr("train.engine.logbook.WandbRun", begin)
     trainer = trainer_of(tmp_path / "run", wandb="offline", db="off")
@@ -320,7 +320,7 @@ def test_without_a_network_or_without_its_service_wandb_stops_nothing(tmp_path, 
             raise said if mode == "online" else ConnectionResetError("Connection lost")
         assert settings.finish_timeout > 0  # 0, the default, is for ever: seen with a server that fell silent
         define = finish = lambda *args, **kwargs: None
-        return SimpleNamespace(id="new", define_metric=define, log=rows.append, finish=finish)
+        return SimpleNamespace(id="new", starting_step=0, define_metric=define, log=rows.append, finish=finish)
 
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(wandb, "init", init)

@@ -212,7 +212,7 @@ def test_training_goes_on_where_wandb_is_lost_in_mid_run(tmp_path, monkeypatch, 
     logged = []
 
     class Run:
-        id = "x"
+        id, starting_step = "x", 0
 
         def define_metric(self, *args: object, **options: object) -> None: ...
 

@@ -31,15 +31,24 @@ def log_records(data: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def offline_history(run_dir: Path) -> list[dict]:
-    (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
-    history = []
-    for data in log_records(file.read_bytes()):
+def wandb_rows(log: Path) -> list[dict]:
+    """What was logged, from the .wandb file of an offline part."""
+    rows = []
+    for data in log_records(log.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-            history.append({k: v for k, v in items.items() if not k.startswith("_")})
-    return history
+            rows.append({k: v for k, v in items.items() if not k.startswith("_")})
+    return rows
+
+
+def offline_history(run_dir: Path) -> list[dict]:
+    (log,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    return wandb_rows(log)
+
+
+def as_on_wandb(row: dict) -> dict:
+    return {"step": row["step"], **{f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split")}}
 
 
 def test_wandb_offline_tensorboard_and_csv_hold_the_rows_of_metrics_jsonl(make_trainer, monkeypatch):
@@ -49,11 +58,7 @@ def test_wandb_offline_tensorboard_and_csv_hold_the_rows_of_metrics_jsonl(make_t
     rows = read_rows(trainer.run_dir / "metrics.jsonl")
     assert [r["step"] for r in rows] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
-    flat = [
-        {"step": r["step"], **{f"{r['split']}/{k}": v for k, v in r.items() if k not in ("step", "split")}}
-        for r in rows
-    ]
-    assert offline_history(trainer.run_dir) == flat
+    assert offline_history(trainer.run_dir) == [as_on_wandb(row) for row in rows]
 
     with (trainer.run_dir / "metrics.csv").open() as file:
         table = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]

@@ -9,20 +9,18 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.test_metrics import offline_history
+from tests.train.test_metrics import as_on_wandb, offline_history
 from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
 from train.engine.run_folder import read_json
-
-
-def flat(row: dict) -> dict:
-    return {"step": row["step"], **{f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split")}}
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +43,54 @@ def test_a_resumed_run_keeps_its_id_and_no_step_is_dropped(make_trainer, tmp_pat
     whole.train()
     assert read_json(whole.run_dir / "run.json")["state"] == "finished"
     parts = sorted((whole.run_dir / "wandb").glob("offline-run-*"), key=lambda part: part.stat().st_mtime)
-    history = []
-    for number, part in enumerate(parts):
-        (tmp_path / str(number) / "wandb").mkdir(parents=True)
-        part.rename(tmp_path / str(number) / "wandb" / part.name)
-        history += offline_history(tmp_path / str(number))
     # offline-run-TIME-ID, and -1 after it where both began in the same second
     assert len(parts) == 2 and len({part.name.split("-")[3] for part in parts}) == 1
-    assert history == [flat(row) for row in read_rows(whole.run_dir / "metrics.jsonl")]
+    (tmp_path / "newest" / "wandb").mkdir(parents=True)
+    parts[1].rename(tmp_path / "newest" / "wandb" / parts[1].name)
+    rows = [as_on_wandb(row) for row in read_rows(whole.run_dir / "metrics.jsonl")]
+    assert offline_history(tmp_path / "newest") == rows
+    assert offline_history(whole.run_dir) == rows[:5]  # to step 3: the signal came after 2
+
+
+class Server:
+    """W&B as its client sees it: what is logged arrives there, or is lost with a process that is killed."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.Settings = dict
+
+    def init(self, *, mode: str | None, **about: object) -> SimpleNamespace:
+        self.first = 0 if mode == "offline" else len(self.rows)
+        deeds = {"log": self.rows.append, "define_metric": lambda *a, **k: None, "finish": lambda: None}
+        return SimpleNamespace(id="x", starting_step=self.first, **deeds)
+
+
+@pytest.mark.parametrize(("mode", "lost"), [("online", 0), ("online", 3), ("online", 7), ("offline", 3)])
+def test_rows_that_were_not_on_the_server_when_a_run_was_killed_are_sent_again(
+    make_trainer, tmp_path, monkeypatch, mode, lost
+):
+    server = Server()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+
+    def killed(trainer, row):
+        if row["step"] == 5:
+            raise RuntimeError("killed")
+
+    settings = {"max_steps": 8, "log_every": 1, "eval_every": 5, "save_every": 2, "wandb": mode, "tensorboard": True}
+    with pytest.raises(RuntimeError, match="killed"):
+        make_trainer(hooks=[killed], **settings).train()
+    assert [row["step"] for row in server.rows] == [0, 1, 2, 3, 4, 5, 5]
+    del server.rows[len(server.rows) - lost :]
+    before = len(server.rows)
+    run = make_trainer(**settings)
+    run.train()
+    rows = [as_on_wandb(row) for row in read_rows(run.run_dir / "metrics.jsonl")]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 8]
+    # of steps 0 to 4, which the checkpoint has; offline a part stands alone
+    sent_again = 5 if mode == "offline" else max(0, lost - 2)
+    assert server.rows[before:] == rows[5 - sent_again :]
+    found = EventAccumulator(str(run.run_dir / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in found] == list(range(1, 9))
 
 
 def in_two_processes(work: Callable[[int], object], folder: Path) -> list:
@@ -84,7 +122,7 @@ def test_of_two_processes_only_the_first_writes_to_the_database_and_to_wandb(mak
 
     def work(rank: int) -> list:
         written, tracker = set(), MagicMock()
-        tracker.init.return_value.id = "x"
+        tracker.init.return_value.id, tracker.init.return_value.starting_step = "x", 0
         sys.modules["wandb"] = tracker
 
         def see(event: str, about: tuple) -> None:

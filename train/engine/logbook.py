@@ -13,7 +13,7 @@ import torch
 
 from train.engine.backend import Backend
 from train.engine.config import TrainingConfig
-from train.engine.metrics import Bar, JsonlFile, Meter, Row, TensorBoardFile, WandbRun
+from train.engine.metrics import Bar, JsonlFile, Meter, Row, TensorBoardFile, WandbRun, read_rows
 from train.engine.record import Record, database_of
 from train.engine.snapshot import Progress
 
@@ -48,6 +48,7 @@ class Logbook:
         self._rows, self._items, self._steps, self._seconds = 0, 0.0, 0, 0.0
         self._last_step = 0
         self._earlier_seconds = 0.0
+        self.rows_logged = 0  # by the run's earlier processes too, and those that a rewind cut off
         self._kernel_lines = KernelLines(self.say)
 
     def say(self, *lines: str) -> None:
@@ -55,7 +56,7 @@ class Logbook:
             self.bar.say(line)
 
     def open(self, run_dir: Path, progress: Progress) -> None:
-        """Cut metrics.jsonl back to the checkpoint and open the trackers."""
+        """Cut metrics.jsonl back to the checkpoint and open the trackers; what a killed run kept from them follows."""
         self._earlier_seconds, self._last_step = progress.seconds, progress.step
         self._opened = self._since = time.perf_counter()
         if not self.backend.is_main:
@@ -64,12 +65,20 @@ class Logbook:
         KERNELS.addHandler(self._kernel_lines)
         self._jsonl = JsonlFile(run_dir / "metrics.jsonl", progress.metrics_bytes)
         self.trackers.append(self._jsonl)
+        kept, self.rows_logged = read_rows(self._jsonl.path), progress.rows_logged
         if self.config.wandb != "off":
             run = WandbRun(self.config, run_dir, progress.wandb_id, self.say)
             progress.wandb_id = run.id
+            missing = max(0, self.rows_logged - run.num_rows)
+            for row in kept[max(0, len(kept) - missing) :]:
+                run.log(row)
+            self.rows_logged = max(self.rows_logged, run.num_rows)
             self.trackers.append(run)
         if self.config.tensorboard:
-            self.trackers.append(TensorBoardFile(run_dir, progress.step))
+            board = TensorBoardFile(run_dir)
+            for row in kept:
+                board.log(row)
+            self.trackers.append(board)
         if (record := self.enter_in_database(run_dir)) is not None:
             self.trackers.append(record)
 
@@ -137,6 +146,7 @@ class Logbook:
         self._since += time.perf_counter() - started
 
     def _log(self, row: Row) -> None:
+        self.rows_logged += 1
         for tracker in self.trackers:
             tracker.log(row)
 

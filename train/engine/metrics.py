@@ -159,7 +159,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class WandbRun:
-    """The same rows on Weights & Biases, on an axis of our own, so that a resumed run may go back."""
+    """The same rows on Weights & Biases, on an axis of our own, so that a resumed run may go back.
+
+    num_rows: what W&B's server has of this run; 0 offline, where each part stands alone and must hold all rows.
+    """
 
     def __init__(self, config: TrainingConfig, run_dir: Path, run_id: str | None, say: Callable[[str], None]) -> None:
         import wandb
@@ -178,11 +181,12 @@ class WandbRun:
         }
         self.say, self._lost, self.id = say, False, run_id
         self.run: Any = None
+        self.num_rows = 0
 
         def begin(mode: str | None) -> None:
             self.run = wandb.init(**about, id=run_id, mode=mode)
             self.run.define_metric("*", step_metric="step")
-            self.id = self.run.id
+            self.id, self.num_rows = self.run.id, self.run.starting_step
             say(f"wandb       {mode or os.environ['WANDB_MODE']}, run {self.id}")
 
         try:
@@ -224,11 +228,11 @@ def has_wandb_credentials() -> bool:
 
 
 class TensorBoardFile:
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    def __init__(self, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what a killed run wrote after the checkpoint we resume from.
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        # Rows stay in a process for two minutes and die with it: each process's file holds all, and hides the others.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=0)
 
     def log(self, row: Row) -> None:
         for name, value in _scores(row).items():

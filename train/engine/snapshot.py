@@ -50,6 +50,7 @@ class Progress:
     banned_steps: list[int] = field(default_factory=list)  # rewound over: their batches are left out
     skipped_steps: int = 0
     metrics_bytes: int = 0
+    rows_logged: int = 0
     wandb_id: str | None = None
 
     def note(self, scores: dict[str, float], monitor: str, mode: str) -> bool:

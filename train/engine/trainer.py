@@ -359,7 +359,7 @@ class Trainer:
     def save(self) -> None:
         with self.book.pause(), self.clock("saving"):
             self.progress.seconds, self.progress.spent = self.book.elapsed, self.limits.spent
-            self.progress.metrics_bytes = self.book.metrics_bytes
+            self.progress.metrics_bytes, self.progress.rows_logged = self.book.metrics_bytes, self.book.rows_logged
             self._seconds["save"] = self.snapshot.write()
             for hook in self.hooks:
                 getattr(hook, "saved", lambda trainer: None)(self)
