@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.hub import HubModel
 from models.layers import rotate
 
 # The vocabulary: ten colours, then these. It is tasks/arc/tokens.py's too; models and tasks do not import each other.
@@ -230,7 +230,7 @@ class Layer(nn.Module):
 # ---- the models ------------------------------------------------------------------------------------------------------
 
 
-class ArcModel(nn.Module, PyTorchModelHubMixin):
+class ArcModel(HubModel):
     """With `gradient_checkpointing = True` backward recomputes each layer instead of storing it."""
 
     embedding: nn.Embedding
@@ -259,11 +259,6 @@ class ArcModel(nn.Module, PyTorchModelHubMixin):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *args, **options, use_reentrant=False)
         return layer(*args, **options)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "ArcModel":
-        # The mixin's default leaves a weight that the file lacks at its random initial value.
-        return super()._from_pretrained(strict=strict, **kwargs)
 
 
 def check_integers(shape: Iterable[int], **tensors: Tensor) -> None:

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import neighbor_cross_entropy
+from models.hub import HubModel
 from models.layers import MLP
 
 NORM_EPS = 1e-6
@@ -267,7 +267,7 @@ class HorizonHead(nn.Linear):
 # ---- the model around it ---------------------------------------------------------------------------------------------
 
 
-class MazeModel(nn.Module, PyTorchModelHubMixin):
+class MazeModel(HubModel):
     """Input, heads and losses; what lies between is a subclass's `encode`.
 
     With `gradient_checkpointing = True` backward recomputes each block instead of storing it.
@@ -389,8 +389,3 @@ class MazeModel(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"candidates must be int64 [{', '.join(map(str, expected))}, J], not {found}")
         if labels is not None and (labels.dtype != torch.bool or labels.shape != candidates.shape):
             raise ValueError(f"labels must be bool {list(candidates.shape)}, not {labels.dtype} {list(labels.shape)}")
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "MazeModel":
-        # The mixin's default leaves a weight that the file lacks at its random initial value.
-        return super()._from_pretrained(strict=strict, **kwargs)

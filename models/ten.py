@@ -20,17 +20,16 @@ several `hten_scales` it is an HTEN: groups of eigenstates step over 2, 4, … t
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_cross_entropy
 from models.eigenstates import NORM_EPS, EigenstateMixer, Eigenvalues
 from models.hten import state_size
+from models.hub import HubModel
 from models.layers import MLP
 from models.sampling import check_sampling, sample_token
 
@@ -139,7 +138,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), final_state, energy
 
 
-class TEN(nn.Module, PyTorchModelHubMixin):
+class TEN(HubModel):
     """The language model. With `gradient_checkpointing = True` backward recomputes each block instead of storing it."""
 
     def __init__(self, config: TENConfig):
@@ -320,8 +319,3 @@ class TEN(nn.Module, PyTorchModelHubMixin):
             if len(tokens) > max_new_tokens or (eos_id is not None and finished.all()):
                 return torch.cat(tokens, dim=1)
             logits, state = self.step(token, state)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "TEN":
-        # The mixin's default leaves a weight that the file lacks at its random initial value.
-        return super()._from_pretrained(strict=strict, **kwargs)

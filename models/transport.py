@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+
+from models.hub import HubModel
 
 KB = 8.314462618e-3  # kJ/mol/K
 
@@ -83,7 +84,7 @@ class ClippedEnergy(torch.autograd.Function):
         return upstream[:, None, None] * gradient, None, None
 
 
-class Transport(nn.Module, PyTorchModelHubMixin):
+class Transport(HubModel):
     """A flow between temperatures; a subclass has a chart, the F_T in it, `num_atoms` and a buffer `unit`.
 
     Set `energy_fn` before a call with energies: frames [B, N, 3] nm -> U [B] kJ/mol, differentiable. Call `set_means`
@@ -199,11 +200,6 @@ class Transport(nn.Module, PyTorchModelHubMixin):
             either = clipped[:size] | clipped[size:]
             parts |= {"clipped": either.sum() / count, "outside": outside.sum() / count}
             return {"loss": total(-delta), **parts}
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "Transport":
-        # The mixin's default leaves a weight that the file lacks at its random initial value.
-        return super()._from_pretrained(strict=strict, **kwargs)
 
 
 class Cache:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.eigenstates import EigenstateMixer
@@ -258,15 +258,6 @@ def test_save_and_load_give_the_same_logits(tmp_path, tiny_ten, tokens):
     assert loaded.config == model.config and isinstance(loaded.config.hten_scales, tuple)
     assert torch.equal(loaded(tokens(2, 9))["logits"], model(tokens(2, 9))["logits"])
     assert len(load_file(tmp_path / "model.safetensors")) == len(list(model.parameters())), "tied weights saved once"
-
-
-def test_loading_refuses_a_file_that_lacks_a_weight(tmp_path, tiny_ten):
-    tiny_ten().save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["norm.weight"]
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match=r"norm\.weight"):
-        TEN.from_pretrained(tmp_path)
 
 
 # --- bad input ---
