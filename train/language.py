@@ -274,7 +274,10 @@ def main(config: str = "nano", argv: Sequence[str] | None = None) -> Results | N
 
         def build(settings: LanguageConfig) -> TEN:
             model = TEN(shape)
-            return model.to(torch.bfloat16) if settings.weights == "bf16" else model
+            if settings.weights == "bf16":
+                for parameter in model.parameters():  # model.to() is not for models that are only planned (torch 2.13)
+                    parameter.data = parameter.data.to(torch.bfloat16)
+            return model
 
         samples = SampleSettings(prompt=settings.prompt, max_new_tokens=20 if settings.tiny else 100)
         hooks = [task.checked, Samples(task.tokenizer, samples), SpectrumPicture(), EnergyPicture()]

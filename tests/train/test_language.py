@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from models.ten import TEN
 from train.engine import parse
@@ -62,6 +64,19 @@ def test_a_run_leaves_everything_and_its_sample_can_be_had_again(tmp_path, run_c
     assert status == 0, sampled
     assert TEN.from_pretrained(run / "checkpoints" / "last").config.vocab_size == 257
     assert sampled == (run / "samples" / "step-00000008.txt").read_text(encoding="utf-8")
+
+
+def test_where_nothing_else_fits_the_weights_are_bf16_and_learn(run_command, monkeypatch):
+    """Weights and gradients of 23,168 parameters are 2 x 93 kB in fp32, and activations 160 kB."""
+    monkeypatch.setattr("train.engine.plan.free_memory", lambda device: 300_000)
+    monkeypatch.setattr("train.engine.plan.process_bytes", lambda device: 0)
+    monkeypatch.setattr("train.engine.plan.LATER_BYTES", 0)
+    status, said = run_command(f"{TINY} --max_steps 8 --batch_size 1 --lr 0.01 --warmup_steps 1 --mixed_precision no")
+    assert status == 0 and "taken: --optimizer adafactor --weights bf16" in said, said
+    weights = load_file("run/checkpoints/last/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    before, *_, after = (row["loss"] for row in read_rows(Path("run/metrics.jsonl")) if row["split"] == "val")
+    assert after < before
 
 
 def test_what_was_found_is_told_though_the_process_that_found_it_was_killed_at_the_end(run_command):

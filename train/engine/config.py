@@ -28,7 +28,8 @@ ALIASES = {
 # What a resumed run may change: where it stops, what it shows, and what the machine needs. None of it moves a weight.
 LIMITS = {"max_steps", "max_minutes", "epochs", "max_cost", "hourly_rate", "early_stopping_patience"}
 MOST = 2**53  # of any number: beyond it float64, and with it JSON's readers, skip whole numbers
-MOST_WORKERS = 1024  # a slip of the finger should not start a process for every item
+MOST_WORKERS = 1024  # a slip of the finger should not start a process for every item,
+MOST_ITEMS = 2**24  # nor draw a step's items until the memory is full
 FREE_ON_RESUME = LIMITS | {"num_workers", "cpu", "wandb", "tensorboard", "db"}
 
 
@@ -144,6 +145,8 @@ class TrainingConfig:
         ]
         if self.num_workers > MOST_WORKERS:
             found.append(f"--num_workers must be at most {MOST_WORKERS}, not {self.num_workers}")
+        if (self.batch_size or 0) > MOST_ITEMS:
+            found.append(f"--batch_size must be at most {MOST_ITEMS}, not {self.batch_size}")
         if self.betas is not None and self.optimizer not in TAKES_BETAS:
             found.append(f"--betas say nothing to --optimizer {self.optimizer}; they are for {', '.join(TAKES_BETAS)}")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):

@@ -59,7 +59,8 @@ def fit(
             plan = plan_of(candidate)
             tried.append(f"{_flags(fittings, config, candidate)}: {_verdict(plan)}")
             if plan.fits:
-                return *_undone(candidate, plan, config, made[1:], plan_of, backend.world_size), tried
+                plain = dataclasses.replace(config, **fittings[0])
+                return *_undone(candidate, plan, plain, made[1:], plan_of, backend.world_size), tried
             made.append(changes)
         advice = "take a smaller model, shorter or fewer items, or a machine with more memory"
         raise ConfigError("\n  ".join([f"this run does not fit this machine; {advice}:", *tried]))
@@ -102,20 +103,20 @@ def _flags(fittings: list[dict[str, Any]], config: TrainingConfig, changed: Trai
 def _undone(
     candidate: Config,
     plan: Plan,
-    config: Config,
+    plain: Config,
     made: list[dict[str, Any]],
     plan_of: Callable[[Config], Plan],
     world_size: int,
 ) -> tuple[Config, Plan]:
-    """`candidate` without those of the earlier changes `made` that the last one makes needless."""
+    """`candidate` without those of the earlier changes `made` to `plain` that the last one makes needless."""
     for changes in reversed(made):
-        without = dataclasses.replace(candidate, **{name: getattr(config, name) for name in changes})
+        without = dataclasses.replace(candidate, **{name: getattr(plain, name) for name in changes})
         if (plan_without := plan_of(without)).fits:
             candidate, plan = without, plan_without
     # Where micro-batches had to shrink to 1, the largest power of two that fits, for speed.
-    while (size := candidate.micro_batch_size) is not None and size != config.micro_batch_size:
+    while (size := candidate.micro_batch_size) is not None and size != plain.micro_batch_size:
         wider = dataclasses.replace(candidate, micro_batch_size=2 * size)
-        if 2 * size * world_size >= config.batch_size or not (wider_plan := plan_of(wider)).fits:
+        if 2 * size * world_size >= plain.batch_size or not (wider_plan := plan_of(wider)).fits:
             break
         candidate, plan = wider, wider_plan
     return candidate, plan
