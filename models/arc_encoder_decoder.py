@@ -44,6 +44,8 @@ from models.arc_layers import (
 )
 from models.layers import rotary
 
+MOST_PASSES = 100  # more is a slip, and only planning them would take hours
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArcEncoderDecoderConfig(ArcConfig):
@@ -70,6 +72,8 @@ class ArcEncoderDecoderConfig(ArcConfig):
             found.append(f"d_model must be a multiple of 4, for sines and cosines both ways, not {self.d_model}")
         if self.rope2d and self.num_heads >= 1 and self.d_model // self.num_heads % 4:
             found.append(f"rope2d needs heads of a multiple of 4 channels, not {self.d_model // self.num_heads}")
+        if self.refine > MOST_PASSES:
+            found.append(f"refine must be at most {MOST_PASSES}, not {self.refine}")
         if self.fix_zero and self.perminv != "canonical":
             found.append(f"fix_zero needs perminv canonical, not {self.perminv!r}")
         return found

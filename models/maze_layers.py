@@ -23,6 +23,7 @@ from models.hub import HubModel
 from models.layers import MLP
 
 NORM_EPS = 1e-6
+MOST_REFINEMENTS = 1000  # each keeps its activations: more is a slip, and only planning them would take hours
 CANDIDATES = {1: 4, 2: 12, 3: 24}  # cells within k steps: 2k (k + 1)
 ACT_THRESHOLD = 0.99
 # Of rotary angles per cell: the slowest turns by about a radian over 100 cells (arXiv 2403.13298 takes 100 as well).

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.maze_layers import SIZES, Block, MazeConfig, MazeModel, Refiner
+from models.maze_layers import MOST_REFINEMENTS, SIZES, Block, MazeConfig, MazeModel, Refiner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class MazeTransformerConfig(MazeConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.loops < 1:
-            found.append(f"loops must be at least 1, not {self.loops}")
+        if not 1 <= self.loops <= MOST_REFINEMENTS:
+            found.append(f"loops must be 1 to {MOST_REFINEMENTS}, not {self.loops}")
         if self.legacy and self.loops > 1:
             found.append(f"the original had no looped baseline: loops must be 1 with legacy, not {self.loops}")
         return found

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.maze_layers import SIZES, Block, MazeConfig, MazeModel, Refiner
+from models.maze_layers import MOST_REFINEMENTS, SIZES, Block, MazeConfig, MazeModel, Refiner
 
 LEGACY_POSITIONS = 512  # rows of a table of the stack's own, whatever the maze's size
 
@@ -52,7 +52,10 @@ class PoHConfig(MazeConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 found.append(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        found += [f"{n} must be at least 1, not {getattr(self, n)}" for n in ("R", "T") if getattr(self, n) < 1]
+        if not 1 <= self.R <= MOST_REFINEMENTS:
+            found.append(f"R must be 1 to {MOST_REFINEMENTS}, not {self.R}")
+        if self.T < 1:
+            found.append(f"T must be at least 1, not {self.T}")
         if self.d_model < 2:
             found.append(f"d_model must be at least 2 for a controller of half of it, not {self.d_model}")
         if self.route_mode == "topk" and not 2 <= self.route_topk <= self.num_heads:

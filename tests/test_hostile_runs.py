@@ -12,10 +12,12 @@ import torch
 from hypothesis import strategies as st
 
 from models.ten import TEN, TENConfig
+from tasks.text.chunks import METADATA_FILE, read_chunks
 from tasks.text.tokenizer import TOKENIZER_FILE, ByteTokenizer, load_tokenizer
 from tests.hostile import accepts_or_refuses, damaged, damaged_bytes, damaged_json, hostile
 from train.arc_solve import Partial
 from train.pictures import EnergyPicture
+from train.pretokenize import PretokenizeConfig, pretokenize
 from train.sample import SETTINGS_FILE, Samples, SampleSettings
 
 TINY = TENConfig(257, d_model=16, num_layers=1, num_eigenstates=4, num_heads=2, d_ff=16, max_seq_len=8)
@@ -86,3 +88,31 @@ def test_answers_so_far(data, tmp_path_factory):
     accepts_or_refuses(read)
     if number > 1:
         assert partial.answers["a"] == ANSWERS[0]["a"]
+
+
+# ---- chunks that a script writes -------------------------------------------------------------------------------------
+
+NUMBERS = st.sampled_from([-(10**30), -1, 0, 1, 2, 3, 256, 257, 10**6, 2**31, 2**63, 10**30])
+
+
+@hostile(25)
+def test_pretokenize_leaves_whole_chunks_or_none(data, tmp_path_factory):
+    """Whatever it is told and given; what it leaves is read back, and holds what it says."""
+    folder = tmp_path_factory.mktemp("chunks")
+    lines = [json.dumps({"text": f"document {i} " * (i % 3 + 1)}).encode() for i in range(8)]
+    sound = b"\n".join(lines)
+    (folder / "a.jsonl").write_bytes(data.draw(st.sampled_from((sound, damaged_bytes(data, sound)))))
+    (folder / "b.txt").write_bytes(data.draw(st.binary(max_size=40)))
+    names = ("vocab_size", "chunk_size", "max_chunks", "subset_size", "batch_size")
+    given = {name: data.draw(NUMBERS) for name in data.draw(st.sets(st.sampled_from(names), max_size=3))}
+    tokenizer = data.draw(st.sampled_from(["bytes", "bytes", "bpe", "", "no/such/tokenizer.json", "\0"]))
+    corpus = (folder / "a.jsonl", folder / "b.txt")
+    asked = PretokenizeConfig(
+        data=corpus, output_dir=folder / "out", tokenizer=tokenizer, **{"vocab_size": 300, "chunk_size": 16, **given}
+    )
+    accepts_or_refuses(pretokenize, asked)
+    assert {f.name for f in folder.iterdir()} <= {"a.jsonl", "b.txt", "out"}
+    if (folder / "out").exists():
+        read = read_chunks(folder / "out", seq_len=1)
+        said = json.loads((folder / "out" / METADATA_FILE).read_text())
+        assert [len(read.train.tokens), len(read.val.tokens)] == [said[split]["tokens"] for split in ("train", "val")]

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from tests.hostile import accepts_or_refuses, damaged, damaged_bytes, damaged_json, hostile
 from tests.toy import ToyConfig, ToyModel, ToyTask
 from train import runs
+from train.champion import ChampionRun
 from train.engine import ConfigError, Trainer, parse
 from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
+from train.engine.order import DataOrder
 from train.engine.run_folder import read_json
 from train.language import LanguageConfig
 from train.report import report
@@ -90,8 +92,14 @@ def test_numbers_without_measure_and_text_that_no_file_holds_are_named_at_once()
     with pytest.raises(ConfigError) as caught:
         parse(LanguageConfig, flags)
     assert all(f"--{name} must be" in str(caught.value) for name in ("epochs", "seed", "weight_decay", "prompt"))
-    with pytest.raises(ConfigError, match="--num_workers must be at most 1024"):
-        parse(ToyConfig, ["--num_workers=1000000"])
+    with pytest.raises(
+        ConfigError, match=r"(?s)--num_workers must be at most 1024.*--batch_size must be at most 16777216"
+    ):
+        parse(ToyConfig, ["--num_workers=1000000", "--batch_size=1000000000000"])
+    with pytest.raises(ConfigError, match="--context_pairs must be at most 100"):
+        parse(ChampionRun, ["--context_pairs=1000000"])
+    with pytest.raises(ConfigError, match="an epoch of 1,000,000,000 items cannot be shuffled"):
+        DataOrder(10**9, 8, seed=0)
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------

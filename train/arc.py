@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seed": 0,
     },
 }
+MOST_PAIRS = 100  # to show; ARC has ten at most
 SKILL_SIZE = 10  # cells of the skills' grids each way, unless told
 TINY = {"skills": ("reflect", "colour_map"), "episodes": 8, "val_episodes": 2, "grid_size": 8, "free_run": 2}
 
@@ -111,6 +112,8 @@ class ArcRun(TrainingConfig):
                 found.append(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.grid_size is not None and not 1 <= self.grid_size <= MAX_SIZE:
             found.append(f"--grid_size must be 1 to {MAX_SIZE}, not {self.grid_size}")
+        if self.context_pairs > MOST_PAIRS:
+            found.append(f"--context_pairs must be at most {MOST_PAIRS}, not {self.context_pairs}")
         for name in ("context_pairs", "free_run", "free_run_at_end"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} must not be negative, not {getattr(self, name)}")

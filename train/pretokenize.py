@@ -28,6 +28,7 @@ from tasks.text.stream import PREFIX_BYTES
 from train.engine import ConfigError
 from train.engine.script import sentences
 
+MOST = 2**31  # of documents, chunks, and tokens in one
 STANDARD_LIBRARY = "the Python standard library"
 
 
@@ -63,9 +64,9 @@ class PretokenizeConfig:
     def check(self) -> None:
         least = {"chunk_size": 2, "max_chunks": 0, "subset_size": 0, "batch_size": 1, "num_proc": 1}
         found = [
-            f"--{name} must be at least {low}, not {getattr(self, name)}"
+            f"--{name} must be {low} to {MOST}, not {getattr(self, name)}"
             for name, low in least.items()
-            if getattr(self, name) is not None and getattr(self, name) < low
+            if getattr(self, name) is not None and not low <= getattr(self, name) <= MOST
         ]
         if self.output_dir.exists() and not self.output_dir.is_dir():
             found.append(f"--output_dir {self.output_dir} is a file; give a folder")

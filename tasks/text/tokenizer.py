@@ -23,6 +23,7 @@ EOS_TOKEN = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 BYTES_FORMAT = {"type": "tenfold-bytes"}  # all that the file of a byte tokenizer says
 MIN_BPE_VOCAB_SIZE = 257  # every byte, and the end of text
+MAX_BPE_VOCAB_SIZE = 2**20  # four times what the largest have; the library makes room for all at once
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(?<!\.json)")
 MOST_IDS = 2**22  # sixteen times the largest vocabularies there are; a damaged id would have us hold as many rows
 # Every byte that UTF-8 uses, and what tokenizers like to change: spaces, line ends, combining accents, special tokens.
@@ -117,11 +118,12 @@ class BPETokenizer(Tokenizer):
         """Learn merges from `texts`; the same texts give the same tokenizer.
 
         Id 0 is the end of text. The vocabulary stays below `vocab_size` if the texts repeat too few pairs to fill it.
-        Raises ValueError for a `vocab_size` below 257.
+        Raises ValueError for a `vocab_size` below 257 or above 2^20.
         """
-        if vocab_size < MIN_BPE_VOCAB_SIZE:
+        if not MIN_BPE_VOCAB_SIZE <= vocab_size <= MAX_BPE_VOCAB_SIZE:
             raise ValueError(
-                f"A byte-level BPE needs vocab_size >= {MIN_BPE_VOCAB_SIZE} (bytes, end of text), got {vocab_size}."
+                f"A byte-level BPE has {MIN_BPE_VOCAB_SIZE} (bytes, end of text) to {MAX_BPE_VOCAB_SIZE} tokens, and "
+                f"vocab_size is {vocab_size}."
             )
         _configure_threads()
         backend = tokenizers.Tokenizer(models.BPE())

@@ -318,6 +318,7 @@ def test_files_bring_back_the_model(tmp_path, kind, changes):
             {"position": "rope2d", "d_model": 24},
             "rope2d needs heads of a multiple of 4 channels, not 6",
         ),
+        (ArcEncoderDecoderConfig, {"refine": 10**9}, "refine must be at most 100, not 1000000000"),
         (ArcDecoderConfig, {"position": "learned"}, "position must be one of rope, rope2d, not 'learned'"),
         (
             ArcEncoderDecoderConfig,

@@ -219,6 +219,7 @@ def test_files_bring_back_the_model(tmp_path, kind, changes):
         (MazeTransformerConfig, {"d_model": 24, "position": "rope2d"}, "rope2d needs heads of a multiple of 4"),
         (MazeTransformerConfig, {"legacy": True, "loops": 2}, "no looped baseline"),
         (PoHConfig, {"routing": "x", "R": 0, "route_temp": 0.0}, "routing must be one of .*; R must .*; route_temp"),
+        (PoHConfig, {"R": 10**9}, "R must be 1 to 1000, not 1000000000"),
         (PoHConfig, {"route_mode": "topk", "route_topk": 1}, "route_topk must be one of 2 … 4 heads, not 1"),
         (PoHConfig, {"legacy": True, "maze_size": 30}, "legacy has 512 positions, too few"),
         (TRMConfig, {"H_cycles": 0, "legacy": True}, "H_cycles must be at least 1, not 0; the original"),

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from train.engine.config import ConfigError, TrainingConfig
 
+MOST_SHUFFLED = 2**28  # 2 GiB of indices
+
 
 class DataOrder:
     """Epoch after epoch, each in an order of its own; a step that crosses an epoch's end takes from both.
@@ -27,6 +29,8 @@ class DataOrder:
         self.block = num_items if block is None else block
         if self.block < 1 or num_items % self.block:
             raise ValueError(f"block must divide the {num_items} items, got {self.block}.")
+        if self.block > MOST_SHUFFLED:
+            raise ConfigError(f"an epoch of {num_items:,} items cannot be shuffled: take {MOST_SHUFFLED:,} or fewer")
         self._number, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     @property
