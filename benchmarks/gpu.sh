@@ -22,6 +22,7 @@ once() { # a name, and a command that leaves nothing to go on from
 tests() {
   once test-kernels python -m pytest -q -m "gpu and not slow" tests/kernels
   once test-models python -m pytest -q -m "gpu and not slow" tests/models
+  if python -c "import tyro"; then once test-resume python -m pytest -q -m gpu tests/train/test_gpu.py; fi
 }
 
 # ops.py itself goes on where its table ends.
