@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,10 +104,10 @@ def linear_cross_entropy(
         target.masked_fill_(torch.rand(N, device=device) < ignored, -100)
         return [hidden, weight, *([torch.rand((), device=device)] if smoothing else [])], [target]
 
-    def run(h: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+    def run(h: Tensor, w: Tensor, *rest: Tensor, lean: bool = False) -> Tensor:
         *energy, y = rest
         options = {"energy": energy[0], "energy_weight": ENERGY_WEIGHT} if energy else {}
-        return kernels.linear_cross_entropy(h, w, y, label_smoothing=smoothing, **options).loss
+        return kernels.linear_cross_entropy(h, w, y, label_smoothing=smoothing, lean=lean, **options).loss
 
     def beside_energy(peer: Peer) -> Peer:
         return replace(peer, run=lambda h, w, e, y: peer.run(h, w, y) + ENERGY_WEIGHT * e)
@@ -129,6 +130,7 @@ def linear_cross_entropy(
         head_gold(smoothing),
         {name: beside_energy(peer) if smoothing else peer for name, peer in others.items()}
         | peers.ours(run)
+        | peers.ours_lean(partial(run, lean=True), device)
         | {"ceiling: the three matmuls": Peer(matmuls, checked=False)},
         {
             "no grad": (2.0 * N * D * V, 0),

@@ -71,6 +71,12 @@ def ours(run: Function) -> dict[str, Peer]:
     return {"tenfold, Triton": Peer(run, backend="triton"), "tenfold, PyTorch": Peer(run, backend="torch")}
 
 
+def ours_lean(run: Function, device: str) -> dict[str, Peer]:
+    """The head's other mode, on the backend that is meant for the device."""
+    backend, name = ("triton", "Triton") if device == "cuda" else ("torch", "PyTorch")
+    return {f"tenfold, {name}, lean": Peer(run, backend=backend)}
+
+
 def eager_and_compiled(run: Function, *, chunker: bool = False) -> dict[str, Peer]:
     names = [name for name in COMPILED if chunker or "chunker" not in name]
     return {"torch eager": Peer(run)} | {name: Peer(run, compiled=COMPILED[name]) for name in names}

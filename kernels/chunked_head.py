@@ -1,9 +1,9 @@
-"""The PyTorch fallback of `linear_cross_entropy`, and how many rows of logits it and the Triton path take at a time."""
+"""The PyTorch fallback of `linear_cross_entropy`, and what it shares with the Triton path and with the lean mode."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,13 @@ WIDEN_ROWS = 4096  # rows of a low-precision gradient turned into fp32 at a time
 def chunk_rows(num_rows: int, row_bytes: int, budget: Budget) -> int:
     """Rows per chunk: within the budget, and chunks of even size, for a short last one wastes the matmul."""
     rows = min(max(budget.bytes // row_bytes, budget.min_rows), budget.max_rows) // budget.multiple * budget.multiple
-    even = -(-num_rows // max(1, -(-num_rows // rows)))
-    return max(1, -(-even // budget.multiple)) * budget.multiple
+    return even_chunk(num_rows, rows, budget.multiple)
+
+
+def even_chunk(total: int, most: int, multiple: int) -> int:
+    """At most `most` of `total` at a time, itself a multiple of `multiple`."""
+    even = -(-total // max(1, -(-total // most)))
+    return max(1, -(-even // multiple)) * multiple
 
 
 def padded_classes(classes: int) -> int:
@@ -39,7 +44,7 @@ def padded_classes(classes: int) -> int:
     return -(-classes // 64) * 64
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
     """That of `hidden`, or fp32 on a CPU that only emulates it.
 
     N 512, D 512, V 16384 on two Ice Lake cores: 100 ms in fp32, 390 to 460 ms in bf16, 1.3 to 19 s in fp16.
@@ -60,10 +65,61 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return any(capabilities.get(name, False) for name in instructions[dtype])
 
 
+@lru_cache
+def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether low precision accumulates into an fp32 tensor there: on no CPU, not before Ampere, nor in every ROCm."""
+    total, factor = (torch.zeros(16, 16, device=device, dtype=d) for d in (torch.float32, dtype))
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a @ b in the dtype of `total`, inside the matmul where the device can; `first` writes and reads nothing.
+
+    Always into a tensor that is there: autocast would take an mm without `out` in low precision again.
+    """
+    if total.dtype == b.dtype or _multiplies_into_fp32(b.device, b.dtype):
+        options: dict[str, Any] = {} if total.dtype == b.dtype else {"out_dtype": total.dtype}
+        if first:
+            torch.mm(a, b, out=total, **options)
+        else:
+            torch.addmm(total, a, b, out=total, **options)
+        return
+    product = torch.mm(a, b, out=b.new_empty(total.shape))
+    for place, part in zip(total.split(WIDEN_ROWS), product.split(WIDEN_ROWS), strict=True):
+        if first:
+            place.copy_(part)
+        else:
+            place.add_(part.to(total.dtype))  # same-dtype: on a CPU a mixed-dtype op takes ten times as long
+
+
+def finished(
+    z: Tensor, bias: Tensor | None, softcap: float | None, wide: Tensor | None, tanh: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits as the matmul left them -> with bias and cap, and the tanh of the cap; in place where `wide` is None.
+
+    Args:
+        z: [R, V].
+        bias: [V], in the dtype of the result.
+        wide, tanh: [R or more, V], for the result if z is in low precision, and for the tanh if there is a cap.
+    """
+    if wide is not None:  # a copy, then same-dtype ops: on a CPU a mixed-dtype op takes ten times as long
+        z = wide[: len(z)].copy_(z)
+    if bias is not None:
+        z.add_(bias)
+    if softcap is None or tanh is None:
+        return z, None
+    tanh = torch.div(z, softcap, out=tanh[: len(z)]).tanh_()
+    return torch.mul(tanh, softcap, out=z), tanh
+
+
 class ChunkedHead:
     """The loss of one chunk of rows at a time, in buffers that every chunk reuses.
 
-    Matmuls run in `_matmul_dtype`; what lies between them, in fp32 or better, a block of rows at a time.
+    Matmuls run in `matmul_dtype`; what lies between them, in fp32 or better, a block of rows at a time.
     """
 
     def __init__(
@@ -75,14 +131,14 @@ class ChunkedHead:
         z_loss_weight: float,
         softcap: float | None,
     ):
-        wide, dtype, classes = torch.promote_types(hidden.dtype, torch.float32), _matmul_dtype(hidden), weight.shape[0]
+        wide, dtype, classes = torch.promote_types(hidden.dtype, torch.float32), matmul_dtype(hidden), weight.shape[0]
         self.chunk, self.block = _rows_at_a_time(hidden, weight)
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(wide)
         self.label_smoothing, self.z_loss_weight, self.softcap = label_smoothing, z_loss_weight, softcap
         self.logits = hidden.new_empty((self.chunk, classes), dtype=dtype)
         self.wide = None if dtype == wide else hidden.new_empty((self.block, classes), dtype=wide)
-        self.tanh = hidden.new_empty((0 if softcap is None else self.block, classes), dtype=wide)
+        self.tanh = None if softcap is None else hidden.new_empty((self.block, classes), dtype=wide)
 
     def losses(
         self, z: Tensor, y: Tensor, keep: Tensor, d_bias: Tensor | None, gradient: bool
@@ -95,13 +151,7 @@ class ChunkedHead:
             d_bias: [V], added to.
         """
         narrow, a = z, self.label_smoothing
-        if self.wide is not None:  # a copy, then same-dtype ops: on a CPU a mixed-dtype op takes ten times as long
-            z = self.wide[: len(z)].copy_(z)
-        if self.bias is not None:
-            z.add_(self.bias)
-        if self.softcap is not None:
-            tanh = torch.div(z, self.softcap, out=self.tanh[: len(z)]).tanh_()
-            torch.mul(tanh, self.softcap, out=z)
+        z, tanh = finished(z, self.bias, self.softcap, self.wide, self.tanh)
         z_y = z.gather(1, y)
         z_mean = z.mean(1, keepdim=True) if a else 0.0
         peak = z.amax(1, keepdim=True)
@@ -120,7 +170,7 @@ class ChunkedHead:
         if a:
             z.sub_(spread)
         z.scatter_(1, y, d_y)
-        if self.softcap is not None:
+        if tanh is not None:
             z.mul_(tanh.square_().neg_().add_(1))
         if d_bias is not None:
             d_bias.add_(z.sum(0))
@@ -134,14 +184,8 @@ class ChunkedHead:
             torch.mm(dz, self.weight, out=d_x)
         elif d_x is not None:  # into a buffer: autocast would take an mm without `out` in low precision again
             d_x.copy_(torch.mm(dz, self.weight, out=dz.new_empty(d_x.shape)))
-        if d_weight is None:
-            return
-        if dz.dtype == d_weight.dtype:
-            d_weight.addmm_(dz.t(), x)
-            return
-        partial = torch.mm(dz.t(), x)
-        for total, part in zip(d_weight.split(WIDEN_ROWS), partial.split(WIDEN_ROWS), strict=True):
-            total.add_(part.to(total.dtype))
+        if d_weight is not None:
+            add_matmul(d_weight, dz.t(), x)
 
 
 def _rows_at_a_time(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -186,7 +230,7 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, softcap: float | None) -> in
         row_bytes = padded_classes(classes) * hidden.dtype.itemsize
         cast = hidden.dtype.itemsize * (hidden.dtype != weight.dtype)
         return min(chunk_rows(rows, row_bytes, TRITON), rows) * row_bytes + weight.numel() * cast
-    wide, dtype = torch.promote_types(hidden.dtype, torch.float32), _matmul_dtype(hidden)
+    wide, dtype = torch.promote_types(hidden.dtype, torch.float32), matmul_dtype(hidden)
     chunk, block = _rows_at_a_time(hidden, weight)
     buffers = chunk * dtype.itemsize + block * wide.itemsize * ((dtype != wide) + (softcap is not None))
     copies = dtype.itemsize * ((dtype != weight.dtype) + (dtype != wide))  # the weight, its gradient of one chunk

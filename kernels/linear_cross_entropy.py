@@ -11,6 +11,7 @@ Rows are worked off in chunks, and the gradients of hidden, weight and bias are 
 chunk's logits exist, as in Liger Kernel (arXiv 2410.10989). The z-loss is PaLM's (arXiv 2204.02311), the soft cap
 Gemma 2's (arXiv 2408.00118). The gradients kept are those of the sum over rows: the upstream gradient and 1 / num_items
 multiply them in backward, in fp32, for a gradient of the size of 1 / num_items would vanish in fp16.
+The lean mode, which takes its gradients in backward, is in `kernels/lean_head.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.chunked_head import ChunkedHead, sum_over_rows, workspace_bytes
 from kernels.dispatch import fused_op
+from kernels.lean_head import lean_loss, refuse_to_differentiate_twice
 from kernels.masked_cross_entropy import check_integer, check_label_smoothing, item_count
 
 
@@ -152,11 +154,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_cross_entropy takes its gradient in forward and cannot be differentiated twice: "
-            "drop create_graph=True, or use linear_cross_entropy_reference"
-        )
+    refuse_to_differentiate_twice()
     # As a tensor of one dimension the fp32 scale is not rounded to the dtype of d_hidden. With `out`, a GPU scales and
     # rounds in one pass: 3.2 GB less to move for a weight of 128256 x 4096.
     scaled = [
@@ -185,10 +183,12 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     num_items: Tensor | int | None = None,
+    lean: bool = False,
 ) -> LossParts:
     """Cross-entropy of `hidden @ weight.T + bias` plus energy and z-loss, without ever holding the logits of all rows.
 
-    Keep it outside activation checkpointing: its gradients exist after forward, a recomputation would take them twice.
+    Keep it outside activation checkpointing, for its gradients exist after forward and a recomputation would take them
+    twice; unless it is lean, which a recomputation costs one matmul more.
 
     Args:
         hidden: [..., D] floating. Its dtype is that of the matmuls; under autocast, autocast's dtype is.
@@ -200,6 +200,9 @@ def linear_cross_entropy(
         z_loss_weight: factor on the mean over counted rows of lse^2, taken after the soft cap.
         softcap: s > 0 bounds the logits by s * tanh(z / s).
         num_items: the divisor: a 0-d integer tensor or an int, at least 1 is used. Default: the counted rows.
+        lean: take the gradients in backward. A matmul more, and all that is kept for it are the inputs and [N] numbers;
+            what backward needs of the weight's size is its gradient alone, in its own dtype (else: in fp32 and again in
+            its own). The same value and gradients, up to rounding.
 
     Returns:
         LossParts of 0-d tensors in fp32 (float64 for float64 hidden). All targets ignored: ce_loss = z_loss = 0.
@@ -215,7 +218,9 @@ def linear_cross_entropy(
         hidden = hidden.to(torch.get_autocast_dtype(device))
     rows = hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1).long()
     wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in rows[:3]]
-    if any(wants):
+    if lean:
+        total, nll, square, _ = lean_loss(*rows, label_smoothing, z_loss_weight, softcap, ignore_index)
+    elif any(wants):
         total, nll, square, *_ = _loss_and_gradients(
             *rows, label_smoothing, z_loss_weight, softcap, ignore_index, wants
         )

@@ -7,15 +7,12 @@ logits cost 2 * D operations each and 6 bytes of traffic, so that below D ~ 800 
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chunked_head import TRITON, chunk_rows, padded_classes
+from kernels.chunked_head import TRITON, add_matmul, chunk_rows, padded_classes
 from kernels.dispatch import launch, multiprocessors
 
 FUSED_D = 800
@@ -27,13 +24,13 @@ LOWEST = tl.constexpr(-3e38)  # where a maximum begins: finite, for exp(-inf - -
 
 
 @triton.jit
-def _class(y, classes):
+def class_of(y, classes):
     """Targets in 32 bits, half the registers of 64; -1 for one that is no class."""
     return tl.where((y >= 0) & (y < classes), y, -1).to(tl.int32)
 
 
 @triton.jit
-def _finished(z, cols, inside, bias, softcap, WIDE: tl.constexpr):
+def finished(z, cols, inside, bias, softcap, WIDE: tl.constexpr):
     """Logits as the matmul left them -> with bias and cap; -inf where not `inside`, after the cap, which bounds."""
     z = z.to(WIDE)
     if bias is not None:
@@ -49,6 +46,63 @@ def _folded(z, peak, partition):
     """Take z [R, B] into the running maximum and sum of exponentials [R] (Milakov and Gimelshein, arXiv 1805.02867)."""
     higher = tl.maximum(peak, tl.max(z, 1))
     return higher, partition * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+
+
+@triton.jit
+def row_sums(
+    logits,  # [R] places where rows begin
+    keep,  # [R]; other rows are not read
+    bias,
+    peak,
+    partition,
+    padded,
+    classes,
+    softcap,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+):
+    """A pass over logits that takes them into `peak` and `partition`; beside these, with SMOOTHING, their sum."""
+    total = tl.zeros_like(partition)
+    for start in range(0, padded, BLOCK):
+        cols = (start + tl.arange(0, BLOCK))[None, :]
+        raw = tl.load(logits[:, None] + cols, mask=keep[:, None] & (cols < padded), other=0.0)
+        z = finished(raw, cols, cols < classes, bias, softcap, WIDE)
+        peak, partition = _folded(z, peak, partition)
+        if SMOOTHING:
+            total += tl.sum(tl.where(cols < classes, z, 0.0), 1)
+    return peak, partition, total
+
+
+@triton.jit
+def write_gradient(
+    logits,  # [R] places where rows begin
+    inside,  # [R]; other rows are not there
+    keep,  # [R]; the gradient of other rows is 0
+    y,  # [R], -1 where it is none of these classes
+    lse,
+    bias,
+    padded,
+    classes,
+    a,  # label_smoothing
+    spread,  # a / V
+    z_loss_weight,
+    softcap,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A pass that turns logits into the gradient of nll + z_loss_weight * lse^2, zeros past the last class."""
+    slope = 1 + 2 * tl.cast(z_loss_weight, WIDE) * lse  # of that with respect to lse
+    for start in range(0, padded, BLOCK):
+        cols = (start + tl.arange(0, BLOCK))[None, :]
+        raw = tl.load(logits[:, None] + cols, mask=keep[:, None] & (cols < padded), other=0.0)
+        z = finished(raw, cols, cols < classes, bias, softcap, WIDE)
+        dz = slope[:, None] * tl.exp(z - lse[:, None]) - spread - tl.where(cols == y[:, None], 1 - a, 0.0)
+        if softcap is not None:
+            tanh = z * (1 / tl.cast(softcap, WIDE))
+            dz *= 1 - tanh * tanh
+        dz = tl.where(keep[:, None] & (cols < classes), dz, 0.0)  # rounded once, at the store
+        tl.store(logits[:, None] + cols, dz, mask=inside[:, None] & (cols < padded))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -75,19 +129,14 @@ def linear_cross_entropy_bwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     y = tl.load(target + rows, mask=rows < num_rows, other=ignore_index)
     keep = y != ignore_index  # other rows are not read: their loss and gradient are 0, whatever they hold
-    y = _class(y, classes)
+    y = class_of(y, classes)
     logits += rows * row_stride
     raw_y = tl.load(logits + y, mask=keep & (y >= 0), other=0.0)
-    z_y = _finished(raw_y, y, y >= 0, bias, softcap, WIDE)  # -inf for a target that is no class
-    peak, partition, total = tl.full([ROWS], LOWEST, WIDE), tl.zeros([ROWS], WIDE), tl.zeros([ROWS], WIDE)
-    for start in range(0, padded, BLOCK):
-        cols = (start + tl.arange(0, BLOCK))[None, :]
-        raw = tl.load(logits[:, None] + cols, mask=keep[:, None] & (cols < padded), other=0.0)
-        z = _finished(raw, cols, cols < classes, bias, softcap, WIDE)
-        peak, partition = _folded(z, peak, partition)
-        if SMOOTHING:
-            total += tl.sum(tl.where(cols < classes, z, 0.0), 1)
-
+    z_y = finished(raw_y, y, y >= 0, bias, softcap, WIDE)  # -inf for a target that is no class
+    peak, partition = tl.full([ROWS], LOWEST, WIDE), tl.zeros([ROWS], WIDE)
+    peak, partition, total = row_sums(
+        logits, keep, bias, peak, partition, padded, classes, softcap, BLOCK, WIDE, SMOOTHING
+    )
     lse = peak + tl.log(partition)
     a = tl.cast(label_smoothing, WIDE)
     losses = lse - (1 - a) * z_y
@@ -97,17 +146,10 @@ def linear_cross_entropy_bwd_kernel(
     tl.store(square + rows, tl.where(keep, lse * lse, 0.0), mask=rows < num_rows)
     if GRADIENT:
         tl.debug_barrier()  # every warp has read z_y before one of them writes over it
-        slope = 1 + 2 * tl.cast(z_loss_weight, WIDE) * lse  # of nll + z_loss_weight * lse^2 with respect to lse
-        for start in range(0, padded, BLOCK):
-            cols = (start + tl.arange(0, BLOCK))[None, :]
-            raw = tl.load(logits[:, None] + cols, mask=keep[:, None] & (cols < padded), other=0.0)
-            z = _finished(raw, cols, cols < classes, bias, softcap, WIDE)
-            dz = slope[:, None] * tl.exp(z - lse[:, None]) - a / classes - tl.where(cols == y[:, None], 1 - a, 0.0)
-            if softcap is not None:
-                tanh = z * (1 / tl.cast(softcap, WIDE))
-                dz *= 1 - tanh * tanh
-            dz = tl.where(keep[:, None] & (cols < classes), dz, 0.0)  # rounded once, at the store
-            tl.store(logits[:, None] + cols, dz, mask=(rows < num_rows)[:, None] & (cols < padded))
+        inside, spread = rows < num_rows, a / classes
+        write_gradient(
+            logits, inside, keep, y, lse, bias, padded, classes, a, spread, z_loss_weight, softcap, BLOCK, WIDE
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows", "split_classes"])
@@ -132,7 +174,7 @@ def linear_cross_entropy_fwd_kernel(
 ):
     first_row, first_class = tl.program_id(0) * BLOCK_N, tl.program_id(1) * split_classes
     rows, dims = first_row + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    y = _class(tl.load(target + rows, mask=rows < num_rows, other=-1), classes)
+    y = class_of(tl.load(target + rows, mask=rows < num_rows, other=-1), classes)
     # Past the end the last row and class are read again: cheaper than a mask. Offsets inside a tile fit 32 bits.
     hidden += tl.cast(first_row, tl.int64) * width
     x_offsets = (tl.minimum(rows, num_rows - 1) - first_row)[:, None] * width + dims[None, :]  # [N, D]
@@ -148,7 +190,7 @@ def linear_cross_entropy_fwd_kernel(
             x = tl.load(hidden + d + x_offsets, mask=inside[None, :], other=0.0)
             w = tl.load(w_tile + d + w_offsets, mask=inside[:, None], other=0.0)
             z = tl.dot(x, w, z, input_precision="ieee", out_dtype=WIDE)
-        z = _finished(z, cols[None, :], (cols < classes)[None, :], bias, softcap, WIDE)
+        z = finished(z, cols[None, :], (cols < classes)[None, :], bias, softcap, WIDE)
         peak, partition = _folded(z, peak, partition)
         chosen += tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), 1)
         if SMOOTHING:
@@ -208,7 +250,7 @@ def fused_loss(
         BLOCK_N=block_n,
         BLOCK_V=block_v,
         BLOCK_D=block_d,
-        WIDE=_triton(wide),
+        WIDE=triton_dtype(wide),
         SMOOTHING=label_smoothing > 0,
     )
     lse, z_y, total = lse.logsumexp(0), z_y.sum(0), total.sum(0)
@@ -276,44 +318,19 @@ def loss_and_gradients(
             num_warps=4,
             ROWS=block_rows,
             BLOCK=block,
-            WIDE=_triton(wide),
+            WIDE=triton_dtype(wide),
             SMOOTHING=label_smoothing > 0,
             GRADIENT=any(wants),
         )
         if wants[0]:
             torch.mm(dz, weight, out=d_hidden[rows])
         if wants[1]:
-            _add_matmul(d_weight, dz.t(), x, first=start == 0)
+            add_matmul(d_weight, dz.t(), x, first=start == 0)
         if wants[2]:
             d_bias.add_(dz.sum(0, dtype=wide))
     nll, square = nll.sum(), square.sum()
     return nll + z_loss_weight * square, nll, square, d_hidden, d_weight, d_bias
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b in the dtype of `total`, inside the matmul where the device can."""
-    if total.dtype == b.dtype or _multiplies_into_fp32(b.device, b.dtype):
-        options: dict[str, Any] = {} if total.dtype == b.dtype else {"out_dtype": total.dtype}
-        if first:
-            torch.mm(a, b, out=total, **options)
-        else:
-            torch.addmm(total, a, b, out=total, **options)
-    elif first:
-        total.copy_(torch.mm(a, b))
-    else:
-        total.add_(torch.mm(a, b))
-
-
-@lru_cache
-def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether low precision accumulates into an fp32 tensor there: not before Ampere, nor in every ROCm build."""
-    total, factor = (torch.zeros(16, 16, device=device, dtype=d) for d in (torch.float32, dtype))
-    try:
-        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _triton(dtype: torch.dtype) -> tl.dtype:
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32

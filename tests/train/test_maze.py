@@ -54,6 +54,7 @@ def test_models_are_trained_tested_and_set_beside_floors_and_oracle(run_command,
     assert status == 0 and output.count("is finished") == 2
     assert read_json(tmp_path / "run" / "results.json") == results
 
+    (tmp_path / "run" / "poh-seed0" / "run.json").write_text("{")  # a checkpoint holds all that a solver needs
     status, output = run_command("python train/maze_solve.py run/poh-seed0 --index 3 --write maze.txt")
     assert status == 0 and (tmp_path / "maze.png").exists(), output
     drawn = (tmp_path / "maze.txt").read_text()
