@@ -87,6 +87,9 @@ def test_the_call_of_the_origin_leaves_all_it_promised(settings, tmp_path):
         [run] = db.runs()
         assert {"kind": "model", "path": "final_model.pt"} in db.artifacts(run["run_id"])
         assert (run["script"], run["state"]) == ("sums", "finished")
+    with ExperimentDB(tmp_path / "another.db") as db:  # made anew from the folder, it knows the file too
+        made = db.import_run(Path(results["checkpoint_path"]).parent)
+        assert {"kind": "model", "path": "final_model.pt"} in db.artifacts(made)
 
 
 def test_validation_is_the_mean_over_items_whatever_the_batches(settings):
