@@ -143,8 +143,7 @@ def wandb_differences(root: Path) -> list[str]:
     found = []
     for file in run_files(root, "metrics.jsonl"):
         run, rows = file.parent, read_rows(file)
-        parts = sorted((run / "wandb").glob("offline-run-*"))
-        logs = [next(part.glob("run-*.wandb")) for part in parts]
+        logs = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
         if len({log.name for log in logs}) != 1:  # run-ID.wandb
             found.append(f"{run.name} is {len({log.name for log in logs})} runs on W&B")
             continue

@@ -12,12 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.test_metrics import as_on_wandb, offline_history
+from tests.train.test_metrics import as_on_wandb, offline_history, wandb_rows
 from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
 from train.engine.run_folder import read_json
@@ -50,6 +51,25 @@ def test_a_resumed_run_keeps_its_id_and_no_step_is_dropped(make_trainer, tmp_pat
     rows = [as_on_wandb(row) for row in read_rows(whole.run_dir / "metrics.jsonl")]
     assert offline_history(tmp_path / "newest") == rows
     assert offline_history(whole.run_dir) == rows[:5]  # to step 3: the signal came after 2
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_rows_that_died_with_wandbs_service_are_in_a_part_of_their_own_at_the_end(make_trainer, tmp_path, step):
+    """A signal to every process of a job ends the service; training goes on, here to its end."""
+
+    class End:
+        def __call__(self, trainer, row):
+            if row["step"] == step:
+                for process in psutil.Process().children(recursive=True):
+                    process.kill()
+                psutil.wait_procs(psutil.Process().children(recursive=True))
+
+    run = make_trainer(hooks=[End()], max_steps=4, log_every=1, eval_every=3, wandb="offline")
+    run.train()
+    logs = sorted((run.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(logs) == 2 and logs[0].name == logs[1].name
+    assert wandb_rows(logs[1]) == [as_on_wandb(row) for row in read_rows(run.run_dir / "metrics.jsonl")]
+    assert run.run_dir.joinpath("results.json").exists()
 
 
 class Server:

@@ -49,6 +49,7 @@ class Logbook:
         self._last_step = 0
         self._earlier_seconds = 0.0
         self.rows_logged = 0  # by the run's earlier processes too, and those that a rewind cut off
+        self._wandb: WandbRun | None = None
         self._kernel_lines = KernelLines(self.say)
 
     def say(self, *lines: str) -> None:
@@ -73,6 +74,7 @@ class Logbook:
             for row in kept[max(0, len(kept) - missing) :]:
                 run.log(row)
             self.rows_logged = max(self.rows_logged, run.num_rows)
+            self._wandb = run
             self.trackers.append(run)
         if self.config.tensorboard:
             board = TensorBoardFile(run_dir)
@@ -149,6 +151,11 @@ class Logbook:
         self.rows_logged += 1
         for tracker in self.trackers:
             tracker.log(row)
+
+    def complete(self) -> None:
+        """At the end of a run, for nobody goes on with it: what W&B has lost of it."""
+        if self._wandb is not None and self._jsonl is not None:
+            self._wandb.make_up(read_rows(self._jsonl.path))
 
     def close(self) -> None:
         self.bar.close()

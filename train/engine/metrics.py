@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,23 +184,39 @@ class WandbRun:
         self.num_rows = 0
 
         def begin(mode: str | None) -> None:
-            self.run = wandb.init(**about, id=run_id, mode=mode)
+            self.run = wandb.init(**about, id=self.id, mode=mode)
             self.run.define_metric("*", step_metric="step")
             self.id, self.num_rows = self.run.id, self.run.starting_step
             say(f"wandb       {mode or os.environ['WANDB_MODE']}, run {self.id}")
 
+        def begin_anew() -> None:
+            """Offline and with another service: a signal to every process of a job ends the one that there was."""
+            with suppress(OSError):  # of telling the dead one that it is over
+                wandb.teardown()
+            begin("offline")
+
+        self._begin_anew = begin_anew
         try:
             begin(mode)
         except Exception as error:  # no network, no account, no answer in 90 s: they name no common class
             said = str(error).partition("\n")[0]
             say(f"wandb       not reached ({said}); its rows stay in {run_dir / 'wandb'}, and `wandb sync` sends them")
-            with self._or_without():  # its service may be dead, by a signal to every process of a job
-                begin("offline")
+            with self._or_without():
+                begin_anew()
 
     def log(self, row: Row) -> None:
         with self._or_without():
             if not self._lost:
                 self.run.log({"step": row["step"], **{f"{row['split']}/{k}": v for k, v in _scores(row).items()}})
+
+    def make_up(self, rows: list[Row]) -> None:
+        """At the end of a run whose rows were lost on the way: all of them, in an offline part of their own."""
+        if self._lost:
+            self._lost = False
+            with self._or_without():
+                self._begin_anew()
+            for row in rows:
+                self.log(row)
 
     def close(self) -> None:
         with self._or_without():

@@ -130,6 +130,7 @@ def finish(trainer: Trainer, stopped_by: str) -> Results:
         skipped_steps=progress.skipped_steps,
         report=trainer.report,
     )
+    book.complete()
     book.close()
     if trainer.folder is not None:
         plot_curves(trainer.run_dir, trainer.report.get("baselines", {}), trainer.task.monitor)
