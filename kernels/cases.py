@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,11 +89,9 @@ def linear_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("no logits, everything", run, minimum)
 
 
-def _lean_there_and_back(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: float | None
-) -> None:
+def _lean_there_and_back(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> None:
     total, _, _, lse = lean.loss(hidden, weight, bias, target, *options)
-    lean.gradients(total, hidden, weight, bias, target, lse, *options, [True, True, True])
+    lean.gradients(total, hidden, weight, bias, target, lse, *options, wants=[True, True, True])
 
 
 def masked_log_softmax(device: str, dtype: torch.dtype) -> Iterator[Case]:

@@ -136,25 +136,28 @@ def gradients_over_tiles(
     d_hidden = place(hidden.shape if wants[0] else 0, dtype=wide)
     d_weight = place(weight.shape if wants[1] else 0, dtype=weight.dtype)
     d_bias = hidden.new_zeros(num_classes if wants[2] else 0, dtype=wide)
-    whole = d_weight.dtype == wide  # then a chunk adds up in its place
-    chunk = 0 if whole or not wants[1] else _tile_size(hidden, weight, most)[1]
-    partial = hidden.new_empty((chunk, weight.shape[1]), dtype=wide)
     grad = grad.view(1)  # of one dimension: the fp32 scale is not rounded to the dtype of what it scales
-    for tile in _tiles(hidden, weight, bias, target, options.ignore_index, most, dtype):
-        rows, classes, dz = tile.rows, tile.classes, tile.z
-        differentiate(tile, options, num_classes, lse[rows])
-        if wants[0]:
-            add_matmul(d_hidden[rows], dz, tile.w, first=classes.start == 0)
-        if wants[1]:
-            total = d_weight[classes] if whole else partial[: len(tile.w)]
-            add_matmul(total, dz.t(), tile.x, first=rows.start == 0)
-            if rows.stop == num_rows:
-                torch.mul(total, grad, out=d_weight[classes])
-        if wants[2]:
-            d_bias[classes].add_(dz.sum(0, dtype=wide))
-    tile = dz = total = partial = None  # buffers that d_hidden in its own dtype need not stand beside
-    d_bias = _scaled(d_bias, grad, wide if bias is None else bias.dtype)
-    return _scaled(d_hidden, grad, hidden.dtype), d_weight, d_bias
+
+    def add_up() -> None:  # its buffers end with it: d_hidden in its own dtype need not stand beside them
+        whole = d_weight.dtype == wide  # then a chunk adds up in its place
+        chunk = 0 if whole or not wants[1] else _tile_size(hidden, weight, most)[1]
+        partial = hidden.new_empty((chunk, weight.shape[1]), dtype=wide)
+        for tile in _tiles(hidden, weight, bias, target, options.ignore_index, most, dtype):
+            rows, classes, dz = tile.rows, tile.classes, tile.z
+            differentiate(tile, options, num_classes, lse[rows])
+            if wants[0]:
+                add_matmul(d_hidden[rows], dz, tile.w, first=classes.start == 0)
+            if wants[1]:
+                total = d_weight[classes] if whole else partial[: len(tile.w)]
+                add_matmul(total, dz.t(), tile.x, first=rows.start == 0)
+                if rows.stop == num_rows:
+                    torch.mul(total, grad, out=d_weight[classes])
+            if wants[2]:
+                d_bias[classes].add_(dz.sum(0, dtype=wide))
+
+    add_up()
+    bias_dtype = wide if bias is None else bias.dtype
+    return _scaled(d_hidden, grad, hidden.dtype), d_weight, _scaled(d_bias, grad, bias_dtype)
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -279,9 +282,8 @@ def _(
     ignore_index: int,
     wants: list[bool],
 ) -> tuple[Tensor, ...]:
-    shapes = (
-        shape if wanted else 0 for shape, wanted in zip((hidden.shape, weight.shape, len(weight)), wants, strict=True)
-    )
+    whole = hidden.shape, weight.shape, weight.shape[:1]
+    shapes = (shape if wanted else (0,) for shape, wanted in zip(whole, wants, strict=True))
     dtypes = hidden.dtype, weight.dtype, lse.dtype if bias is None else bias.dtype
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
