@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def linear_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Case]:
         options, sums = (smoothing, z_weight, softcap, -100), 8 if smoothing else 0
         yield Case(
             f"{config} lean".strip(),
-            partial(_lean_there_and_back, *inputs, bias, target, *options),
+            partial(_lean_there_and_back, *inputs, bias, target, options),
             {  # one tile; its rows' lse and, where labels are smoothed, their sums are read and written
                 "linear_cross_entropy_lean_fwd_kernel": logits + rows * (each_row + 4 + sums) + bias_pass + bias_y,
                 "linear_cross_entropy_lean_bwd_kernel": 2 * logits + rows * (8 + 4) + bias_pass,
@@ -89,9 +89,11 @@ def linear_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("no logits, everything", run, minimum)
 
 
-def _lean_there_and_back(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> None:
+def _lean_there_and_back(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: tuple[float, float, float | None, int]
+) -> None:
     total, _, _, lse = lean.loss(hidden, weight, bias, target, *options)
-    lean.gradients(total, hidden, weight, bias, target, lse, *options, wants=[True, True, True])
+    lean.gradients(total, hidden, weight, bias, target, lse, *options, [True, True, True])
 
 
 def masked_log_softmax(device: str, dtype: torch.dtype) -> Iterator[Case]:
