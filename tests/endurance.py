@@ -39,7 +39,7 @@ from train.engine.checkpoint import KEEP_BEST  # noqa: E402
 from train.engine.signals import EXIT_INTERRUPTED  # noqa: E402
 
 FLAGS = "--tiny --cpu --max_steps 100000000 --log_every 10 --eval_every 100 --save_every 50 --num_workers 1 --wandb off"
-FLAGS += " --early_stopping_patience None"  # champion's own is 7
+FLAGS += " --early_stopping_patience None --epochs None"  # champion has limits of its own
 MEMORY, SPEED = 1.02, 0.9  # of the last third over the one before: at most, at least
 COUNTS = ("handles", "threads", "children")
 SAMPLES, LEAST = 240, 9  # of a watch, however long, and on however busy a machine
