@@ -67,7 +67,7 @@ def test_training_is_deterministic_and_may_fall_short_of_the_size():
     assert again.to_json() == KINDS["bpe"].to_json()
     assert 257 < BPETokenizer.train(TRAINING_TEXTS, vocab_size=50257).vocab_size < 400
     assert BPETokenizer.train(TRAINING_TEXTS, vocab_size=257).vocab_size == 257
-    with pytest.raises(ValueError, match="257 .* to 1048576 tokens"):
+    with pytest.raises(ValueError, match=r"257 .* to 1048576 tokens"):
         BPETokenizer.train(TRAINING_TEXTS, vocab_size=256)
 
 
