@@ -28,7 +28,7 @@ from tasks.text.stream import PREFIX_BYTES
 from train.engine import ConfigError
 from train.engine.script import sentences
 
-MOST = 2**31  # of documents, chunks, and tokens in one
+MOST = 2**31  # of anything that is counted
 STANDARD_LIBRARY = "the Python standard library"
 
 
