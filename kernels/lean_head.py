@@ -82,7 +82,8 @@ def _tiles(
     rows_each, classes_each = _tile_size(hidden, weight, most)
     # An ignored row may hold NaN; as zeros it adds nothing to d_weight.
     x = hidden.masked_fill((target == ignore_index).unsqueeze(1), 0).to(dtype)
-    logits = x.new_empty((min(rows_each, num_rows), padded_classes(min(classes_each, classes))))
+    # Zeros, for oneDNN on AMX multiplies what lies right of an odd row by 0 and adds it: NaN would become of NaN.
+    logits = x.new_zeros((min(rows_each, num_rows), padded_classes(min(classes_each, classes))))
     for first in range(0, classes if num_rows else 0, classes_each):
         chunk = slice(first, min(first + classes_each, classes))
         w, b = weight[chunk].to(dtype), None if bias is None else bias[chunk]
