@@ -299,7 +299,7 @@ def test_a_run_that_dies_before_its_first_checkpoint_stays_one_run_on_wandb(tmp_
 
     def begin(config, run_dir, run_id, say):
         ids.append(run_id)
-        deeds = dict.fromkeys(("log", "make_up"), lambda row: None)
+        deeds = dict.fromkeys(("log", "complete"), lambda row: None)
         return SimpleNamespace(id=run_id or "new", num_rows=0, close=lambda: None, **deeds)
 
     monkeypatch.setattr("train.engine.logbook.WandbRun", begin)

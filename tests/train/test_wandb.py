@@ -53,7 +53,7 @@ def test_a_resumed_run_keeps_its_id_and_no_step_is_dropped(make_trainer, tmp_pat
     assert offline_history(whole.run_dir) == rows[:5]  # to step 3: the signal came after 2
 
 
-@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("step", [0, 3, 4])
 def test_rows_that_died_with_wandbs_service_are_in_a_part_of_their_own_at_the_end(make_trainer, tmp_path, step):
     """A signal to every process of a job ends the service; training goes on, here to its end."""
 

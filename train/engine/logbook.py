@@ -155,7 +155,7 @@ class Logbook:
     def complete(self) -> None:
         """At the end of a run, for nobody goes on with it: what W&B has lost of it."""
         if self._wandb is not None and self._jsonl is not None:
-            self._wandb.make_up(read_rows(self._jsonl.path))
+            self._wandb.complete(read_rows(self._jsonl.path))
 
     def close(self) -> None:
         self.bar.close()

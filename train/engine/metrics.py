@@ -209,8 +209,9 @@ class WandbRun:
             if not self._lost:
                 self.run.log({"step": row["step"], **{f"{row['split']}/{k}": v for k, v in _scores(row).items()}})
 
-    def make_up(self, rows: list[Row]) -> None:
-        """At the end of a run whose rows were lost on the way: all of them, in an offline part of their own."""
+    def complete(self, rows: list[Row]) -> None:
+        """At the end of a run: where rows were lost on the way, all of them in an offline part of their own."""
+        self.close()  # that the service has died since the last row is only noticed now
         if self._lost:
             self._lost = False
             with self._or_without():
@@ -219,9 +220,10 @@ class WandbRun:
                 self.log(row)
 
     def close(self) -> None:
+        run, self.run = self.run, None
         with self._or_without():
-            if self.run is not None:
-                self.run.finish()
+            if run is not None:
+                run.finish()
 
     @contextmanager
     def _or_without(self) -> Iterator[None]:
