@@ -6,11 +6,8 @@ A run is a forked process, so that SIGKILL is SIGKILL. `python tests/chaos.py` d
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import socket
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wandb
-from accelerate.state import AcceleratorState
 
 from tests.chaos_child import Aim, watch
 from tests.chaos_compare import differences
+from tests.forked import ended, fork, launch
 from tests.toy import ToyModel, ToyTask
 from train.engine import Trainer, TrainingConfig
 from train.engine.experiments import ExperimentDB
@@ -62,47 +59,19 @@ def trainer_of(run_dir: Path, hooks=(), **settings) -> Trainer:
 
 def forked(run_dir: Path, prepare: Callable[[], object] = lambda: None, **settings) -> int:
     """Train in a process of its own, after `prepare` there; how that ended, as subprocess has it."""
-    return _ended(_fork(run_dir, prepare, settings))
+    return ended(fork(lambda: train(run_dir, prepare, **settings)))
 
 
 def forked_pair(run_dir: Path, prepare: Callable[[], object] = lambda: None, **settings) -> list[int]:
-    """The same in two processes that find each other as a launcher's do, and which nobody ends but they themselves."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "ACCELERATE_USE_CPU": "1"}
-    launch |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = ({**launch, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-    return [_ended(child) for child in [_fork(run_dir, prepare, settings, rank) for rank in ranks]]
+    """The same in two processes."""
+    return launch(lambda: train(run_dir, prepare, **settings), ACCELERATE_USE_CPU="1")
 
 
-def _fork(run_dir: Path, prepare: Callable[[], object], settings: dict, launch: dict[str, str] | None = None) -> int:
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(120)  # rather than hang
-            torch.set_num_threads(1)
-            if launch is not None:
-                os.environ.update(launch)
-                AcceleratorState._reset_state(reset_partial_state=True)
-            aim = prepare()
-            trainer_of(run_dir, **settings).train()
-            if isinstance(aim, Aim):
-                aim.say("counts", aim.counts)
-            status = 0
-        except SystemExit as stopped:
-            status = stopped.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    return child
-
-
-def _ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def train(run_dir: Path, prepare: Callable[[], object], **settings) -> None:
+    aim = prepare()
+    trainer_of(run_dir, **settings).train()
+    if isinstance(aim, Aim):
+        aim.say("counts", aim.counts)
 
 
 def aimed(folder: Path, **aim) -> Callable[[], Aim]:
@@ -175,6 +144,17 @@ def test_a_process_that_is_killed_alone_takes_the_other_with_it_and_nothing_else
     assert ends[rank] == -signal.SIGKILL and ends[1 - rank] == 1 and not is_held(cut)
     assert read_json(cut / "checkpoints" / "last" / "trainer.json")["step"] > 0
     assert forked_pair(cut) == [0, 0] and differences(whole_pair, cut) == []
+
+
+def test_a_signal_to_one_process_stops_both_and_only_the_first_speaks(whole_pair, tmp_path, capfd):
+    cut = tmp_path / "runs" / "run"
+    aim = aimed(tmp_path, event="step: in a forward", number=70, rank=1, signals=["SIGTERM"])
+    assert forked_pair(cut, aim) == [75, 75]
+    assert read_json(cut / "run.json")["state"] == "interrupted"
+    stopped_at = read_json(cut / "checkpoints" / "last" / "trainer.json")["step"]
+    assert 2 <= stopped_at < HARD["max_steps"] and f"after step {stopped_at}" in capfd.readouterr().out
+    assert forked_pair(cut) == [0, 0] and differences(whole_pair, cut) == []
+    assert capfd.readouterr().out.count(f"step {HARD['max_steps']}/") == 1
 
 
 def test_what_is_not_brought_back_is_noticed(whole, tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ import yaml
 from hypothesis import strategies as st
 
 from tests.hostile import accepts_or_refuses, damaged, damaged_bytes, damaged_json, hostile
-from tests.toy import ToyConfig, ToyModel, ToyTask
+from tests.toy import ToyModel, ToyTask
 from train import runs
 from train.champion import ChampionRun
-from train.engine import ConfigError, Trainer, parse
+from train.engine import ConfigError, Trainer, TrainingConfig, parse
 from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
 from train.engine.order import DataOrder
@@ -37,7 +37,7 @@ WORDS = (
     "", "0", "-1", "1", "2.5", "nan", "inf", "-inf", "1e400", "9" * 25, "9" * 5000, "²", "é", "\udcff", "a,b", "None",
     "True", "--", "-", "--lr", "x y", "[]", "{}", "/", "1e3", "0x10", "1_0", "\0",
 )  # fmt: skip
-SETTINGS = ToyConfig().to_dict()
+SETTINGS = TrainingConfig().to_dict()
 
 
 def settle(config_class: type, *argv: str) -> None:
@@ -52,13 +52,13 @@ def settle(config_class: type, *argv: str) -> None:
 
 
 @hostile(12)
-def test_the_command_line(data, capsys):
+def test_the_command_line(data, capfd):  # its stderr, like a real one, writes what UTF-8 cannot
     flags: list[str] = []
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from([*SETTINGS, "zzz", "", "learning_rate", "²", "no-compile", "print_config"]))
         values = data.draw(st.lists(st.sampled_from(WORDS), max_size=2))
         flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
-    accepts_or_refuses(settle, ToyConfig, *flags)
+    accepts_or_refuses(settle, TrainingConfig, *flags)
 
 
 @hostile(12)
@@ -66,7 +66,7 @@ def test_settings_files(data, folder, capsys):
     file, sound = folder / "settings.yaml", yaml.safe_dump(SETTINGS).encode()
     as_bytes = data.draw(st.booleans())
     file.write_bytes(damaged_bytes(data, sound) if as_bytes else json.dumps(damaged(data, SETTINGS)).encode())
-    accepts_or_refuses(settle, ToyConfig, "--settings", str(file))
+    accepts_or_refuses(settle, TrainingConfig, "--settings", str(file))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_numbers_without_measure_and_text_that_no_file_holds_are_named_at_once()
     with pytest.raises(
         ConfigError, match=r"(?s)--num_workers must be at most 1024.*--batch_size must be at most 16777216"
     ):
-        parse(ToyConfig, ["--num_workers=1000000", "--batch_size=1000000000000"])
+        parse(TrainingConfig, ["--num_workers=1000000", "--batch_size=1000000000000"])
     with pytest.raises(ConfigError, match="--context_pairs must be at most 100"):
         parse(ChampionRun, ["--context_pairs=1000000"])
     with pytest.raises(ConfigError, match="an epoch of 1,000,000,000 items cannot be shuffled"):
@@ -237,7 +237,7 @@ def test_training_goes_on_where_wandb_is_lost_in_mid_run(tmp_path, monkeypatch, 
     monkeypatch.setattr("train.engine.summary.matmul_rate", lambda *args, **kwargs: 1e12)
     monkeypatch.setattr("train.engine.summary.plot_curves", lambda *args: None)
     flags = ["--max_steps=6", "--log_every=1", "--mixed_precision=no", "--cpu", "--wandb=offline", "--db=off"]
-    config = parse(ToyConfig, [*flags, f"--run_dir={tmp_path / 'run'}"])
+    config = parse(TrainingConfig, [*flags, f"--run_dir={tmp_path / 'run'}"])
     torch.manual_seed(0)
     Trainer(ToyModel(), config, ToyTask()).train()
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")

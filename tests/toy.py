@@ -1,25 +1,12 @@
-"""A model and a task that train in milliseconds: ragged sequences, dropout, a part that counts positions.
-
-As a script, `python tests/toy.py --max_steps 5 …` trains it like any other; tests of several processes start it so.
-"""
+"""A model and a task that train in milliseconds: ragged sequences, dropout, a part that counts positions."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.engine import Trainer, TrainingConfig, parse
-from train.engine.script import sentences
-
 CLASSES, LENGTH = 5, 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyConfig(TrainingConfig):
-    dropout: float = 0.2
 
 
 class ToyModel(nn.Module):
@@ -77,14 +64,3 @@ class ToyTask:
             right += (guess == batch["labels"]).sum().item()
         total = predict.total({"right": right})
         return {"accuracy": total["right"] / sum(self.val.lengths.tolist())}
-
-
-def main() -> None:
-    with sentences():
-        config = parse(ToyConfig)
-        torch.manual_seed(config.seed)
-        Trainer(ToyModel(config.dropout), config, ToyTask()).train()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,10 @@
-"""A tiny TEN under one launch config after another: its loss curves in fp32 and bf16, a resumed run, and what was seen.
-
-`launched.py FOLDER NAME…` reads FOLDER/NAME/environment.json, what accelerate would set, and leaves its runs and
-seen.json beside it. One process for several launches, because importing is most of what they cost. test_launchers.py
-runs it.
-"""
+"""A tiny TEN under one launch config after another: loss curves in fp32 and bf16, a resumed run, and what was seen."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,14 +113,10 @@ def both_precisions(folder: Path, resume: bool) -> dict[str, Any]:
     return seen
 
 
-def main(folder: Path, *names: str) -> None:
-    for name in names:
-        environment = json.loads((folder / name / "environment.json").read_text())
+def main(folder: Path, environments: dict[str, dict[str, str]]) -> None:
+    """Under each of `environments`, what accelerate would set, by name: runs and seen.json in a folder of that name."""
+    for name, environment in environments.items():
         with sentences(), patch.dict(os.environ, environment):
             seen = both_precisions(folder / name, resume=name in RESUMED)
         if os.environ.get("RANK", "0") == "0":
             (folder / name / "seen.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from accelerate.utils.launch import (
 from safetensors.torch import load_file, load_model
 
 from models.ten import TEN
+from tests.forked import launch
 from tests.train import launched
 from tests.train.conftest import TIMES
 from train.engine import ConfigError, TrainingConfig
@@ -48,31 +48,6 @@ def launch_environment(name: str, *flags: str) -> dict[str, str]:
     if args.use_fsdp or args.multi_gpu:
         return prepare_multi_gpu_env(args)
     return prepare_simple_launcher_cmd_env(args)[1]
-
-
-def run_launched(folder: Path, environments: dict[str, dict[str, str]], processes: int) -> None:
-    """launched.py under each of `environments`, by `processes` that were started as a launcher would."""
-    for name, environment in environments.items():
-        (folder / name).mkdir(parents=True)
-        changed = {k: v for k, v in environment.items() if os.environ.get(k) != v}
-        (folder / name / "environment.json").write_text(json.dumps(changed))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    started = []
-    for rank in range(processes):
-        # LOCAL_WORLD_SIZE 2: each takes half of the cores' threads.
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": 2}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT}
-        env = {**os.environ, **{k: str(v) for k, v in variables.items()}}
-        command = [sys.executable, launched.__file__, str(folder), *environments]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in started]  # a busy machine takes minutes
-    finally:
-        for process in started:
-            process.kill()  # one that waits for another that has died
-    assert [process.returncode for process in started] == [0] * processes, outputs[0][-4000:]
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -116,7 +91,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return {f"{file.stem}.{name}": value for file in files for name, value in load_file(file).items()}
 
 
-def check(folder: Path, alone: Path, launch: str, processes: int) -> None:
+def check(folder: Path, alone: Path, backend: str, processes: int) -> None:
     """Curves, weights, dtypes, resume and samples of a launch, beside those of one process.
 
     Clipping, accumulation and a step that is judged bad are in all of them. The bounds: sums in another order differ by
@@ -125,12 +100,12 @@ def check(folder: Path, alone: Path, launch: str, processes: int) -> None:
     seen = json.loads((folder / "seen.json").read_text())
     for precision, bound in (("no", 1e-6), ("bf16", 1e-4)):
         about = seen[precision]
-        assert (about["launch"], about["processes"]) == (launch, processes)
-        assert about["units"] == (launched.TINY.num_layers + 1 if launch == "FSDP2" else 0)
+        assert (about["launch"], about["processes"]) == (backend, processes)
+        assert about["units"] == (launched.TINY.num_layers + 1 if backend == "FSDP2" else 0)
         assert about["fp32"] == ["torch.float32"]
         assert about["products"] == ["torch.bfloat16" if precision == "bf16" else "torch.float32"]
         theirs, mine = curve(folder / precision), curve(alone / precision)
-        if launch == "ZeRO-3":  # no averaged weights to validate with
+        if backend == "ZeRO-3":  # no averaged weights to validate with
             theirs, mine = ([row for row in rows if row["split"] == "train"] for rows in (theirs, mine))
         assert [row["skipped"] for row in theirs if row["split"] == "train"] == [0, 0, 0, 1, 0]
         for a, b in zip(theirs, mine, strict=True):
@@ -146,7 +121,7 @@ def check(folder: Path, alone: Path, launch: str, processes: int) -> None:
         assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     last = folder / "no" / "checkpoints" / "last"
     model = TEN.from_pretrained(last)
-    if launch != "ZeRO-3":
+    if backend != "ZeRO-3":
         load_model(model, last / "ema.safetensors")
     assert seen["no"]["generated"] == model.generate(torch.zeros(1, 3, dtype=torch.int64), 4, temperature=0.0).tolist()
 
@@ -161,9 +136,10 @@ def check(folder: Path, alone: Path, launch: str, processes: int) -> None:
     ids=str,
 )
 def test_one_process_under_zero_trains_as_one_without(tmp_path, alone, launches):
-    run_launched(tmp_path, {name: launch_environment(name, "--num_processes", "1") for name in launches}, processes=1)
-    for name, launch in launches.items():
-        check(tmp_path / name, alone, launch, processes=1)
+    environments = {name: launch_environment(name, "--num_processes", "1") for name in launches}
+    assert launch(lambda: launched.main(tmp_path, environments), processes=1) == [0]
+    for name, backend in launches.items():
+        check(tmp_path / name, alone, backend, processes=1)
 
 
 def test_two_processes_train_as_one(tmp_path, alone):
@@ -173,9 +149,9 @@ def test_two_processes_train_as_one(tmp_path, alone):
     on_cpu = {"ACCELERATE_USE_CPU": "1"}
     environments = {name: {**launch_environment(name), **on_cpu} for name in launches}
     del environments["cpu_two_processes"]["ACCELERATE_USE_CPU"]  # it needs no such help
-    run_launched(tmp_path, environments, processes=2)
-    for name, launch in launches.items():
-        check(tmp_path / name, alone, launch, processes=2)
+    assert launch(lambda: launched.main(tmp_path, environments)) == [0, 0]
+    for name, backend in launches.items():
+        check(tmp_path / name, alone, backend, processes=2)
 
 
 # ---- what they can't -------------------------------------------------------------------------------------------------

@@ -1,17 +1,10 @@
-"""NaN, Inf and leaps in loss, gradients, data and weights of one process of two, and what every step asks the device.
-
-As a script, `test_numerics.py FOLDER` is one of two processes: it trains the toy with each of FAULTS and leaves
-FOLDER/rank-R.json, what it came to.
-"""
+"""NaN, Inf and leaps in loss, gradients, data and weights of one process of two; what a step asks of the device."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.forked import launch
 from tests.toy import ToyModel, ToyTask
 from train.engine import Trainer, TrainingConfig, guard
 from train.engine.backend import Backend
@@ -190,7 +184,8 @@ def asked_of_the_device(folder: Path, **settings) -> list[list[int]]:
 WAYS = [(optimizer, bad_step) for optimizer in ("adamw", "sgd") for bad_step in ("skip", "rewind", "stop")]
 
 
-def main(folder: Path) -> None:
+def befall(folder: Path) -> None:
+    """Train the toy with each of FAULTS, and leave what this process saw of it."""
     with quick():
         seen: dict = {name: outcome(faulty_trainer(folder / name, fault)) for name, fault in FAULTS.items()}
         seen["asked"] = [asked_of_the_device(folder / "-".join(w), optimizer=w[0], bad_step=w[1]) for w in WAYS]
@@ -203,18 +198,8 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, dict, dict]:
     """Folder of the runs, and what each process saw of them."""
-    folder, started = tmp_path_factory.mktemp("two"), []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for rank in range(2):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "ACCELERATE_USE_CPU": 1}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT}
-        env = {**os.environ, **{k: str(v) for k, v in variables.items()}}
-        command = [sys.executable, __file__, str(folder)]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=600)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "".join(output[-3000:] for output in outputs)
+    folder = tmp_path_factory.mktemp("two")
+    assert launch(lambda: befall(folder), ACCELERATE_USE_CPU="1") == [0, 0]
     return folder, *(read_json(folder / f"rank-{rank}.json") for rank in range(2))
 
 
@@ -310,7 +295,3 @@ def test_a_loss_scale_shrinks_where_gradients_overflow_and_nobody_waits_for_it(t
             backend.step(torch.tensor(float(bad)), bad)
         assert watch.reads == 0 and scaler.get_scale() == scale
         assert torch.equal(model.head.weight, before) == bad
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

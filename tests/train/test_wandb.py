@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import psutil
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.forked import launch
 from tests.train.test_metrics import as_on_wandb, offline_history, wandb_rows
 from train.engine.experiments import ExperimentDB
 from train.engine.metrics import read_rows
-from train.engine.run_folder import read_json
+from train.engine.run_folder import read_json, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -113,34 +109,11 @@ def test_rows_that_were_not_on_the_server_when_a_run_was_killed_are_sent_again(
     assert [event.step for event in found] == list(range(1, 9))
 
 
-def in_two_processes(work: Callable[[int], object], folder: Path) -> list:
-    """What `work(rank)` returns in two forks that find each other as a launcher's processes do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = []
-    for rank in range(2):
-        if (child := os.fork()) == 0:
-            os.environ.update({k: str(v) for k, v in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()})
-            os.environ["ACCELERATE_USE_CPU"] = "1"
-            AcceleratorState._reset_state(reset_partial_state=True)
-            torch.set_num_threads(1)  # OpenMP's threads don't outlive a fork
-            try:
-                (folder / f"rank-{rank}").write_text(json.dumps(work(rank)))
-            finally:
-                os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
-    return [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(2)]
-
-
 def test_of_two_processes_only_the_first_writes_to_the_database_and_to_wandb(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("train.engine.backend.use_all_cores", lambda: None)
     run = tmp_path / "runs" / "toy" / "run"
 
-    def work(rank: int) -> list:
+    def work() -> None:
         written, tracker = set(), MagicMock()
         tracker.init.return_value.id, tracker.init.return_value.starting_step = "x", 0
         sys.modules["wandb"] = tracker
@@ -152,9 +125,10 @@ def test_of_two_processes_only_the_first_writes_to_the_database_and_to_wandb(mak
         sys.addaudithook(see)
         make_trainer("runs/toy/run", wandb="offline", db="auto", max_steps=4, log_every=1).train()
         ours = {Path(file).relative_to(tmp_path).parts[-1] for file in written if file.startswith(str(tmp_path))}
-        return [sorted(ours), len(tracker.mock_calls)]
+        write_json(tmp_path / f"rank-{os.environ['RANK']}.json", [sorted(ours), len(tracker.mock_calls)])
 
-    (first, calls), (second, calls_of_the_second) = in_two_processes(work, tmp_path)
+    assert launch(work, ACCELERATE_USE_CPU="1") == [0, 0]
+    (first, calls), (second, calls_of_the_second) = (read_json(tmp_path / f"rank-{rank}.json") for rank in range(2))
     assert {"experiments.db", "metrics.jsonl", "run.json"} <= set(first) and calls > 6
     assert (second, calls_of_the_second) == ([], 0)
     with ExperimentDB(tmp_path / "runs" / "experiments.db") as db:
