@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.forked import launch
 from tests.train.test_metrics import as_on_wandb, offline_history, wandb_rows
+from train.engine import TrainingConfig
 from train.engine.experiments import ExperimentDB
-from train.engine.metrics import read_rows
+from train.engine.metrics import WandbRun, read_rows
 from train.engine.run_folder import read_json, write_json
 
 
@@ -68,6 +69,14 @@ def test_rows_that_died_with_wandbs_service_are_in_a_part_of_their_own_at_the_en
     assert run.run_dir.joinpath("results.json").exists()
 
 
+def test_a_run_is_named_by_its_folder_and_the_one_above(tmp_path, monkeypatch):
+    server = Server()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    monkeypatch.chdir(tmp_path)
+    WandbRun(TrainingConfig(wandb="offline"), Path("run"), None, print)
+    assert server.name == f"{tmp_path.name}/run"
+
+
 class Server:
     """W&B as its client sees it: what is logged arrives there, or is lost with a process that is killed."""
 
@@ -75,7 +84,8 @@ class Server:
         self.rows: list[dict] = []
         self.Settings = dict
 
-    def init(self, *, mode: str | None, **about: object) -> SimpleNamespace:
+    def init(self, *, mode: str | None, name: str, **about: object) -> SimpleNamespace:
+        self.name = name
         self.first = 0 if mode == "offline" else len(self.rows)
         deeds = {"log": self.rows.append, "define_metric": lambda *a, **k: None, "finish": lambda: None}
         return SimpleNamespace(id="x", starting_step=self.first, **deeds)

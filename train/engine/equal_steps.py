@@ -39,7 +39,7 @@ def with_equal_steps(
     Raises ConfigError where its limits now name another length.
     """
     state = process_state(config)
-    if (length := planned(root)) is not None:
+    if (length := planned(root, say=print if state.is_main_process else lambda line: None)) is not None:
         named = config.max_steps is not None or config.epochs is not None
         if named and (steps := common_length(config, models, seeds, epoch)) != length["max_steps"]:
             raise ConfigError(
@@ -61,7 +61,7 @@ def with_equal_steps(
     return dataclasses.replace(config, epochs=None, max_steps=length["max_steps"], warmup_steps=length["warmup_steps"])
 
 
-def planned(root: Path) -> dict[str, int] | None:
+def planned(root: Path, say: Callable[[str], None]) -> dict[str, int] | None:
     """What was planned at first: as the runs below were begun, before whose checkpoints length.json may be damaged."""
     for file in sorted(root.glob("*/config.json")):
         if settings := begun(file.parent, file.name):
@@ -69,8 +69,9 @@ def planned(root: Path) -> dict[str, int] | None:
     file = root / "length.json"
     try:
         return read_json(file) if file.exists() else None
-    except ConfigError:
-        return None  # nothing was trained yet
+    except ConfigError as damaged:
+        say(f"length      planned anew, for nothing was trained yet: {damaged}")
+        return None
 
 
 def common_length(config: TrainingConfig, models: Models, seeds: int, epoch: int) -> int:

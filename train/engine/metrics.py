@@ -173,7 +173,7 @@ class WandbRun:
             mode = config.wandb
         about = {
             "project": os.environ.get("WANDB_PROJECT", "tenfold"),
-            "name": f"{run_dir.parent.name}/{run_dir.name}",
+            "name": "/".join(run_dir.absolute().parts[1:][-2:]),
             "resume": "allow",
             "dir": run_dir.resolve(),  # its service keeps the folder that the process's first run began in
             "config": config.to_dict(),
