@@ -53,12 +53,16 @@ def places(value: Any, here: tuple = ()) -> list[tuple]:
     return [here, *(place for key, of in inner for place in places(of, (*here, key)))]
 
 
+def values() -> st.SearchStrategy:
+    return st.sampled_from(VALUES).map(copy.deepcopy)  # or the second damage would be done to VALUES
+
+
 def damaged(data: st.DataObject, value: Any) -> Any:
     """A JSON value with something in it replaced, renamed or gone, once or twice."""
     value = copy.deepcopy(value)
     for _ in range(data.draw(st.integers(1, 2))):
         if not (inside := places(value)[1:]):
-            return data.draw(st.sampled_from(VALUES))
+            return data.draw(values())
         *path, key = data.draw(st.sampled_from(inside))
         holder = value
         for step in path:
@@ -68,9 +72,9 @@ def damaged(data: st.DataObject, value: Any) -> Any:
         if what == "rename" and isinstance(holder, dict):
             holder[data.draw(st.sampled_from(["", "²", "\ud800", "x"]))] = old
         elif what == "replace" and isinstance(holder, dict):
-            holder[key] = data.draw(st.sampled_from(VALUES))
+            holder[key] = data.draw(values())
         elif what == "replace":
-            holder.insert(key, data.draw(st.sampled_from(VALUES)))
+            holder.insert(key, data.draw(values()))
     return value
 
 

@@ -62,7 +62,7 @@ def test_the_command_line(data, capfd):  # its stderr, like a real one, writes w
 
 
 @hostile(12)
-def test_settings_files(data, folder, capsys):
+def test_settings_files(data, folder, capfd):
     file, sound = folder / "settings.yaml", yaml.safe_dump(SETTINGS).encode()
     as_bytes = data.draw(st.booleans())
     file.write_bytes(damaged_bytes(data, sound) if as_bytes else json.dumps(damaged(data, SETTINGS)).encode())
@@ -197,6 +197,15 @@ def test_run_folders(data, folder):
             db.comparison(["run"])
 
     accepts_or_refuses(ask)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_brackets_without_end_are_damage_like_any_other(tmp_path, name):
+    for file, content in RUN.items():
+        (tmp_path / file).write_text("[" * 100_000 if file == name else json.dumps(content))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with ExperimentDB(tmp_path / "runs.db") as db, pytest.raises(ConfigError, match=rf"{name} is damaged"):
+        db.import_run(tmp_path)
 
 
 @pytest.mark.parametrize("asked", ["9" * 25, "²", "\udcff", "", "/", "1"])

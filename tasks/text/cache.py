@@ -131,7 +131,7 @@ def intact_meta(folder: Path, verbose: bool) -> dict | None:
         problem = f"{wrong[0]} is not what was written" if wrong else None
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         problem = f"{META_FILE} is not readable"
     if problem is None:
         return meta

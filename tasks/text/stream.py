@@ -227,7 +227,7 @@ class StreamedDataset:
             return json.loads((self.folder / INDEX_FILE).read_text())
         except FileNotFoundError:
             pass
-        except ValueError:
+        except (ValueError, RecursionError):
             say(True, f"{self.folder / INDEX_FILE} is not readable: reading {self.source.name} from its beginning")
         return {"starts": [BEGINNING], "sha256": [], "windows": None}
 

@@ -352,7 +352,7 @@ class ExperimentDB:
         folder = self.path.parent / run["run_dir"]
         try:
             run |= {name: json.loads(run[name]) if run[name] else None for name in ("config", "facts", "results")}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{self.path} is damaged where it tells of {run['run_dir']}: {error}; "
                 f"`python train/runs.py import {run['run_dir']} --db PATH` makes that anew"

@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
     """Raises ConfigError, which names the file, where it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
 
 
@@ -211,7 +211,7 @@ class RunFolder:
 def _is_json(data: bytes) -> bool:
     try:
         return isinstance(json.loads(data), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
