@@ -50,6 +50,6 @@ def bars(axis: Axes, rows: list[Row]) -> None:
     colors = ["C1" if name.startswith("tenfold") else "0.6" if name.startswith("ceiling") else "C0" for name in names]
     axis.barh(names, middle, xerr=spread, color=colors, error_kw={"linewidth": 1})
     for index, (value, end) in enumerate(zip(middle, high, strict=True)):
-        axis.text(end, index, f"  {value:.3g}", va="center", fontsize=8)
-    axis.set_xscale("log")
+        axis.text(end, index, f"  {value:,.0f}" if value >= 100 else f"  {value:.3g}", va="center", fontsize=8)
+    axis.set_xlim(0, 1.12 * max(high))  # bars from 0: as long as what they say
     axis.tick_params(labelsize=8)
