@@ -40,8 +40,8 @@ FLAGS = (
     f"--tiny --use_hten --batch_size {BATCH} --lr 3e-3 --warmup_steps 4 --grad_clip {CLIP} --log_every 1 --eval_every 8"
     " --wandb off --db off --num_workers 0"
 )
-# Of losses and of the gradient's norm. Sums in another order (measured: 1e-6 and 1e-6); in bf16 a product is now and then
-# rounded the other way (3e-4 and 1e-2).
+# Of losses and of the gradient's norm. Sums in another order (measured: 1e-6, 1e-6); in bf16 a product is now and then
+# rounded the other way (3e-4, 1e-2).
 BOUNDS = {"no": (1e-5, 1e-5), "bf16": (1e-3, 2e-2)}
 PRODUCTS = {"no": "float32", "bf16": "bfloat16"}
 
