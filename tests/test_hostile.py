@@ -138,6 +138,7 @@ def test_molecules(data, folder):
         (lambda m: m["bonds"]["atoms"].__setitem__(0, [6, 99]), "bonds.atoms needs rows of 2 atoms"),
         (lambda m: m["bonds"]["atoms"].__setitem__(0, [6, 6]), "names an atom twice"),
         (lambda m: m["angles"]["k"].pop(), "angles.k needs a finite number for each of 36 rows"),
+        (lambda m: m["charges"].__setitem__(0, 1e200), "charges has 1e.200: in nm, kJ/mol, ps, amu"),
         (lambda m: m["gb"].update(solute_dielectric=0.0), "dielectric constants have to be above 0"),
         (lambda m: m["masses"].__setitem__(0, -1.0), "masses"),
         (lambda m: m.update(zmatrix=[]), "zmatrix needs rows of 4"),

@@ -22,6 +22,7 @@ VERSION = 2  # of the format of the JSON
 ALA2 = Path(__file__).with_name("ala2.json")
 ALA2_CENTRE = (6, 8, 14, 10)  # N, CA, C and CB of the alanine, of which `is_l` asks the hand
 KB = 8.314462618e-3  # kJ/mol/K
+LARGEST = 1e9  # number of a molecule; constants of bonds, the largest there are, come to 5e5
 
 
 class Bonds(NamedTuple):
@@ -173,7 +174,7 @@ def beta(temperature: float) -> float:
 def _numbers(
     name: str, value: Any, shape: tuple[int | None, ...], wanted: str, *, below: int | None = None, least: int = 0
 ) -> np.ndarray:
-    """Finite float64 of a shape, None for any length, or int64 in [least, below). Raises ValueError for all else."""
+    """Float64 within LARGEST of a shape, None for any length, or int64 in [least, below); else raises ValueError."""
     try:
         array = np.array(value)
     except ValueError:  # rows of different lengths
@@ -186,6 +187,8 @@ def _numbers(
         raise ValueError(f"{name} needs {wanted}")
     if below is not None and not ((least <= array) & (array < below)).all():
         raise ValueError(f"{name} needs {wanted}")
+    if array.size and (largest := np.abs(array.astype(float)).max()) > LARGEST:
+        raise ValueError(f"{name} has {largest:.3g}: in nm, kJ/mol, ps, amu, rad no number is beyond {LARGEST:.0e}")
     return array if whole else array.astype(float)
 
 
