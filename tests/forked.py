@@ -49,6 +49,6 @@ def launch(work: Callable[[], object], processes: int = 2, **environment: str) -
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = [{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     return [ended(child) for child in [fork(work, rank) for rank in ranks]]

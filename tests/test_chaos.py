@@ -46,7 +46,6 @@ def _quick():
         patch.setattr("train.engine.summary.matmul_rate", lambda *args, **kwargs: 1e12)
         patch.setattr("train.engine.summary.plot_curves", lambda *args: None)
         patch.setattr("train.engine.run_folder._git", lambda *words: None)
-        patch.setattr("train.engine.backend.use_all_cores", lambda: None)
         patch.setattr("accelerate.accelerator.release_memory", lambda *objects: objects)  # it collects garbage
         yield
 

@@ -51,7 +51,7 @@ class Run:
             run = cls(name, folder, config, facts, found, read_json(results) if results.exists() else {})
             run.check()
             return run
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"the run in {folder} is damaged: {error}") from error
 
     def check(self) -> None:

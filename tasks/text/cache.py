@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tasks.cache import cache_folder, kept_in, renamed
+from tasks.reading import parsed
 from tasks.text.corpus import Corpus, Document, split_documents
 from tasks.text.packing import PackedDataset, Windows, pack
 from tasks.text.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -126,12 +127,12 @@ def intact_meta(folder: Path, verbose: bool) -> dict | None:
     if not (folder / META_FILE).exists():
         return None
     try:
-        meta = json.loads((folder / META_FILE).read_text())
+        meta = parsed((folder / META_FILE).read_bytes(), folder / META_FILE)
         wrong = [name for name, written in meta["files"].items() if _fingerprint(folder / name) != written]
         problem = f"{wrong[0]} is not what was written" if wrong else None
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         problem = f"{META_FILE} is not readable"
     if problem is None:
         return meta

@@ -24,6 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from tasks.cache import kept_in, locked, renamed
+from tasks.reading import parsed
 from tasks.text.cache import (
     VAL_FILE,
     TokenizedText,
@@ -224,10 +225,10 @@ class StreamedDataset:
 
     def _read_index(self) -> dict:
         try:
-            return json.loads((self.folder / INDEX_FILE).read_text())
+            return parsed((self.folder / INDEX_FILE).read_bytes(), self.folder / INDEX_FILE)
         except FileNotFoundError:
             pass
-        except (ValueError, RecursionError):
+        except ValueError:
             say(True, f"{self.folder / INDEX_FILE} is not readable: reading {self.source.name} from its beginning")
         return {"starts": [BEGINNING], "sha256": [], "windows": None}
 

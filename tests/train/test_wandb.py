@@ -119,8 +119,7 @@ def test_rows_that_were_not_on_the_server_when_a_run_was_killed_are_sent_again(
     assert [event.step for event in found] == list(range(1, 9))
 
 
-def test_of_two_processes_only_the_first_writes_to_the_database_and_to_wandb(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.engine.backend.use_all_cores", lambda: None)
+def test_of_two_processes_only_the_first_writes_to_the_database_and_to_wandb(make_trainer, tmp_path):
     run = tmp_path / "runs" / "toy" / "run"
 
     def work() -> None:
